@@ -1,0 +1,79 @@
+"""`model.json`: what a model is. Read by the compute side (weights), the batcher (validation) and gateways (metadata)."""
+
+import re
+from typing import Annotated, Literal
+
+from msgspec import Meta, Struct, field
+
+NAME = re.compile(r"[a-zA-Z0-9_-]{1,64}")
+"""Model names and versions: they become NATS subject tokens and folder names."""
+
+RowType = Literal["FP32", "FP16", "INT8"]
+Name = Annotated[str, Meta(pattern=r"^[a-zA-Z0-9_-]{1,64}$")]
+Width = Annotated[int, Meta(ge=1, le=65_536)]
+
+
+class Table(Struct, frozen=True, forbid_unknown_fields=True):
+    """One embedding table. INT8 rows carry an FP16 scale and bias each: value = q * scale + bias."""
+
+    name: Name
+    rows: Annotated[int, Meta(ge=1, le=2**31 - 1)]
+    dtype: RowType = "FP32"
+
+
+class Architecture(Struct, frozen=True, forbid_unknown_fields=True, tag_field="kind", tag="dlrm-dot"):
+    """DLRM with dot interaction (Naumov et al., arXiv:1906.00091).
+
+    bottom MLP: dense -> bottom[0] -> ... -> bottom[-1] = dim, ReLU after each layer.
+    interaction: x = [bottom output, pooled row of each table], F+1 vectors; out = [x[0], x[i]·x[j] for i > j], in the
+    order (1,0), (2,0), (2,1), (3,0) ...; top MLP: ReLU between layers, sigmoid after the last, whose width is 1.
+    """
+
+    dense: Annotated[int, Meta(ge=1, le=65_536)]
+    """Number of dense features."""
+    dim: Width
+    """Width of every embedding row and of the bottom MLP's output."""
+    bottom: Annotated[tuple[Width, ...], Meta(min_length=1, max_length=32)]
+    top: Annotated[tuple[Width, ...], Meta(min_length=1, max_length=32)]
+    pooling: Literal["sum"] = "sum"
+
+
+class Preprocessing(Struct, frozen=True, forbid_unknown_fields=True):
+    """How a raw click row becomes the model's inputs: integers log(max(x, 0) + 1), categories hex value mod rows."""
+
+    kind: Literal["criteo"] = "criteo"
+
+
+class ModelSpec(Struct, frozen=True, forbid_unknown_fields=True, omit_defaults=True):
+    """The whole of `model.json`.
+
+    `files` maps each file of the artifact's folder to its sha256 (hex). `metrics` is informative (AUC, log loss ...).
+    """
+
+    name: Name
+    architecture: Architecture
+    tables: Annotated[tuple[Table, ...], Meta(min_length=1, max_length=4096)]
+    files: dict[str, Annotated[str, Meta(pattern=r"^[0-9a-f]{64}$")]] = field(default_factory=dict)
+    version: Name = "1"
+    format: Literal[1] = 1
+    preprocessing: Preprocessing | None = None
+    metrics: dict[str, float] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        if self.architecture.bottom[-1] != self.architecture.dim:
+            raise ValueError(
+                f"architecture.bottom must end in dim={self.architecture.dim}, got {self.architecture.bottom[-1]}"
+            )
+        if self.architecture.top[-1] != 1:
+            raise ValueError(f"architecture.top must end in 1, got {self.architecture.top[-1]}")
+        names = [table.name for table in self.tables]
+        if len(set(names)) != len(names):
+            raise ValueError("tables must have different names")
+
+    @property
+    def n_dense(self) -> int:
+        return self.architecture.dense
+
+    @property
+    def n_sparse(self) -> int:
+        return len(self.tables)
