@@ -1,0 +1,162 @@
+"""What actors say to each other: msgpack arrays, tagged by their first element. Structs only grow here too.
+
+Where both ends live in one process the Struct itself is handed over.
+"""
+
+from msgspec import Struct
+
+from narsil_stream.schemas.model import ModelSpec
+from narsil_stream.schemas.wire import InferAnswer, InferRequest
+
+
+class ModelRef(Struct, array_like=True, frozen=True, gc=False):
+    name: str
+    version: str
+    digest: str
+    """Of `model.json`, which names the sha256 of all weights: equal digests are equal models."""
+
+
+class ModelCard(Struct, frozen=True):
+    """The answer to `describe`, in JSON."""
+
+    digest: str
+    spec: ModelSpec
+    backend: str = ""
+    device: str = ""
+    precision: str = ""
+
+
+class Ask(Struct, array_like=True, frozen=True, gc=False):
+    """One request inside a bundle. `slot` is the asker's own number for it."""
+
+    slot: int
+    model: str
+    version: str
+    request: InferRequest
+
+
+class Bundle(Struct, array_like=True, frozen=True, gc=False, tag=1):
+    """Gateway or client -> batcher: requests of one turn of its event loop."""
+
+    reply: str
+    asks: tuple[Ask, ...]
+
+
+class Cancel(Struct, array_like=True, frozen=True, gc=False, tag=2):
+    """Gateway or client -> batcher: these callers have left."""
+
+    reply: str
+    slots: tuple[int, ...]
+
+
+class Answers(Struct, array_like=True, frozen=True, gc=False, tag=3):
+    """Batcher -> gateway or client: `slots[i]` is answered by `answers[i]`."""
+
+    batcher: str
+    slots: tuple[int, ...]
+    answers: tuple[InferAnswer, ...]
+
+
+class Slot(Struct, array_like=True, frozen=True, gc=False):
+    """The right to send one batch. A slot is handed out again under the next generation, so an old one is void."""
+
+    index: int
+    generation: int
+
+
+class Demand(Struct, array_like=True, frozen=True, gc=False, tag=4):
+    """Batcher -> executor: work that waits for a slot, and slots given back unused."""
+
+    batcher: str
+    rows: int
+    """Rows that wait beyond the slots in hand; 0: none."""
+    slack_us: int
+    """Time until the earliest deadline among them."""
+    returned: tuple[Slot, ...] = ()
+
+
+class Batch(Struct, array_like=True, frozen=True, gc=False, tag=5):
+    """Batcher -> executor: rows of several requests, joined."""
+
+    batch: int
+    batcher: str
+    slot: Slot
+    model: str
+    version: str
+    digest: str
+    rows: int
+    dense: memoryview | bytes
+    """FP32 [rows, n_dense]"""
+    ids: memoryview | bytes
+    """INT32 [N]; one-hot: N = rows * n_sparse, batch-major"""
+    lengths: memoryview | bytes
+    """INT32 [rows, n_sparse]; empty: one-hot"""
+    budget_us: int
+    """Time until the last of its requests expires."""
+    demand: Demand
+    """What waits behind it."""
+
+
+class Result(Struct, array_like=True, frozen=True, gc=False, tag=6):
+    """Executor -> batcher. Neither scores nor a fault: the slot was void, the batch did not run and may be sent again."""
+
+    batch: int
+    executor: str
+    scores: memoryview | bytes
+    """FP32 [rows]"""
+    service_us: int
+    """Measured time of the forward pass, copies included."""
+    fault: str = ""
+    detail: str = ""
+    grant: Slot | None = None
+    """The slot again, under its next generation, if the batcher keeps it."""
+
+
+class Grant(Struct, array_like=True, frozen=True, gc=False, tag=7):
+    executor: str
+    slot: Slot
+
+
+class Lease(Struct, array_like=True, frozen=True, gc=False):
+    batcher: str
+    slot: Slot
+    busy: bool
+
+
+class ExecutorBeat(Struct, array_like=True, frozen=True, gc=False, tag=8):
+    """Executor -> all batchers, several times within a lease: alive, and who holds which slot."""
+
+    executor: str
+    models: tuple[ModelRef, ...]
+    slots: int
+    leases: tuple[Lease, ...]
+    state: str = "up"
+    """up; leaving: takes no new batch; gone: said goodbye"""
+
+
+class BatcherBeat(Struct, array_like=True, frozen=True, gc=False, tag=9):
+    """Batcher -> all gateways, clients and executors."""
+
+    batcher: str
+    models: tuple[ModelRef, ...]
+    wait_us: int
+    """Predicted wait of a request that would come now."""
+    demand_rows: int = 0
+    slack_us: int = 0
+    state: str = "up"
+
+
+class Report(Struct, array_like=True, frozen=True, gc=False, tag=10):
+    """A process's state and metrics, for `narsil serve`."""
+
+    kind: str
+    actor: str
+    pid: int
+    state: str
+    detail: str
+    metrics: str
+    """Prometheus text exposition"""
+
+
+ToBatcher = Bundle | Cancel | Result | Grant
+ToExecutor = Batch | Demand

@@ -1,0 +1,41 @@
+"""The NATS subjects of version 1. Only `infer` is for the public; the rest is spoken between actors."""
+
+INFER = "narsil.v1.infer"
+"""`narsil.v1.infer.<model>` and `narsil.v1.infer.<model>.<version>`: requests. Any NATS client may publish."""
+
+QUEUE_GROUP = "narsil-batchers"
+"""All batchers share the public subjects in this queue group."""
+
+BATCHER_BEAT = "narsil.v1.beat.batcher"
+EXECUTOR_BEAT = "narsil.v1.beat.executor"
+HELLO = "narsil.v1.hello"
+"""Whoever starts says hello; batchers and executors answer with a beat, so that nobody waits for the next one."""
+
+REPORT = "narsil.v1.report"
+"""Each process reports its state and metrics here; `narsil serve` listens."""
+
+INBOX = "_INBOX.narsil"
+
+
+def infer(model: str, version: str = "") -> str:
+    return f"{INFER}.{model}.{version}" if version else f"{INFER}.{model}"
+
+
+def batcher(actor: str) -> str:
+    """Directed messages to one batcher: bundles of requests, cancels, results, grants."""
+    return f"narsil.v1.batcher.{actor}"
+
+
+def executor(actor: str) -> str:
+    """Directed messages to one executor: batches and demands."""
+    return f"narsil.v1.executor.{actor}"
+
+
+def describe(actor: str) -> str:
+    """Request/reply: the model descriptions that an actor knows."""
+    return f"narsil.v1.describe.{actor}"
+
+
+def reserved(reply: str) -> bool:
+    """Whether a reply subject is one that a producer must not make a batcher publish to."""
+    return reply.startswith(("narsil.", "$")) or reply in ("narsil", "$")
