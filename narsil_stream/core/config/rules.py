@@ -1,0 +1,73 @@
+"""What must hold between settings. Each rule gives the sentence that was broken and the keys that it is about."""
+
+from collections.abc import Iterator
+
+from narsil_stream.core.config.schema import Config, NatsConfig
+
+Broken = tuple[str, tuple[str, ...]]
+
+
+def broken(config: Config) -> Iterator[Broken]:
+    """The rules that `config` breaks."""
+    yield from _timing(config)
+    yield from _batching(config)
+    yield from _ports(config)
+    yield from _inline(config)
+    yield from _login(config.nats)
+
+
+def _timing(config: Config) -> Iterator[Broken]:
+    if config.timing.lease_ms <= 2 * config.timing.beat_ms:
+        keys = ("timing.lease_ms", "timing.beat_ms")
+        yield "a lease must be longer than two heartbeats, or one lost heartbeat is taken for a death", keys
+
+
+def _batching(config: Config) -> Iterator[Broken]:
+    batch = config.batch
+    if batch.max_rows > batch.queue_rows:
+        yield "a batcher's queue must hold at least one full batch", ("batch.max_rows", "batch.queue_rows")
+    if batch.default_budget_us > batch.max_budget_us:
+        keys = ("batch.default_budget_us", "batch.max_budget_us")
+        yield "the default budget must not be above the largest", keys
+    if batch.linger_us >= batch.default_budget_us:
+        keys = ("batch.linger_us", "batch.default_budget_us")
+        yield "a linger must be shorter than the default budget, or every lone request expires", keys
+
+
+def _ports(config: Config) -> Iterator[Broken]:
+    taken = {"http.port": config.http.port, "metrics.port": config.metrics.port}
+    if not config.nats.url:
+        taken["nats.port"] = config.nats.port
+    for port in sorted({port for port in taken.values() if port}):
+        keys = tuple(key for key, value in taken.items() if value == port)
+        if len(keys) > 1:
+            yield "each server needs a port of its own", keys
+    if config.http.port == 0 and config.http.processes > 1:
+        yield "processes can share only a port that is named", ("http.port", "http.processes")
+
+
+def _inline(config: Config) -> Iterator[Broken]:
+    counts = {
+        "http.processes": config.http.processes,
+        "batch.batchers": config.batch.batchers,
+        "executor.executors": config.executor.executors,
+    }
+    many = tuple(key for key, count in counts.items() if count > 1)
+    if config.mode == "inline" and many:
+        yield "inline runs one gateway, one batcher and one executor in one process", ("mode", *many)
+
+
+def _login(nats: NatsConfig) -> Iterator[Broken]:
+    names = ("user", "token", "nkey_seed_file", "creds_file")
+    ways = tuple(f"nats.{name}" for name in names if getattr(nats, name))
+    if len(ways) > 1:
+        yield "log in at the broker in one way only", ways
+    if bool(nats.user) != bool(nats.password):
+        yield "a user needs a password, and a password a user", ("nats.user", "nats.password")
+    if bool(nats.tls_cert) != bool(nats.tls_key):
+        yield "a certificate needs its private key, and a key its certificate", ("nats.tls_cert", "nats.tls_key")
+    for url in nats.url.split(",") if nats.url else ():
+        scheme, separator, rest = url.strip().partition("://")
+        if scheme not in ("nats", "tls", "ws", "wss") or not separator or not rest:
+            yield "a broker's address is nats://, tls://, ws:// or wss:// and a host", ("nats.url",)
+            break

@@ -1,0 +1,357 @@
+"""The one schema of the configuration. Each field says its unit, what 0 or "" means and what gets worse when it grows.
+
+Files, variables, flags, help texts and the documentation's table are all made from these classes, so a setting is
+added here and nowhere else. Constructors check nothing: `load` does, once, at start.
+"""
+
+import os
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+from msgspec import Meta, Struct, field
+
+Mode = Literal["batch", "worker", "inline"]
+BackendName = Literal["auto", "reference"]
+LogLevel = Literal["debug", "info", "warning", "error"]
+LogFormat = Literal["text", "json"]
+
+Port = Annotated[int, Meta(ge=0, le=65_535)]
+Host = Annotated[str, Meta(min_length=1)]
+Count = Annotated[int, Meta(ge=1, le=256)]
+
+MIB = 1024 * 1024
+PATH = {"path": True}
+SECRET = {"secret": True}
+
+
+def default_data_dir(environ: Mapping[str, str]) -> str:
+    """Where this user's data lives by the XDG base directory rules, which ignore a relative XDG_DATA_HOME."""
+    xdg = Path(environ.get("XDG_DATA_HOME", ""))
+    return str((xdg if xdg.is_absolute() else home(environ) / ".local/share") / "narsil-stream")
+
+
+def home(environ: Mapping[str, str]) -> Path:
+    """The user's home; the working directory for a user who has none, as in containers that pick a random user id."""
+    if name := environ.get("HOME"):
+        return Path(name)
+    try:
+        return Path.home()
+    except RuntimeError:
+        return Path.cwd()
+
+
+class HttpConfig(Struct, frozen=True, forbid_unknown_fields=True):
+    """HTTP gateway"""
+
+    host: Annotated[
+        Host,
+        Meta(
+            description="Address that the HTTP gateway listens on. 127.0.0.1: this machine only; 0.0.0.0: every "
+            "interface, and whoever reaches it may send requests."
+        ),
+    ] = "127.0.0.1"
+    port: Annotated[Port, Meta(description="TCP port of the HTTP gateway. 0: any free port.")] = 8000
+    processes: Annotated[
+        Count,
+        Meta(
+            description="Gateway processes that share the port. More: more requests per second, and as many more "
+            "connections to the broker and processor cores in use."
+        ),
+    ] = 1
+    max_body_bytes: Annotated[
+        int,
+        Meta(
+            ge=1024,
+            le=1024 * MIB,
+            description="Largest request body, bytes; above it the answer is 413. Larger: a few clients can fill "
+            "the gateway's memory.",
+        ),
+    ] = 64 * MIB
+    body_timeout_ms: Annotated[
+        int,
+        Meta(
+            ge=1,
+            le=600_000,
+            description="How long a client may take to send its body, ms; after that the answer is 408. Larger: "
+            "slow or stuck clients hold memory for longer.",
+        ),
+    ] = 10_000
+
+
+class GrpcConfig(Struct, frozen=True, forbid_unknown_fields=True):
+    """gRPC gateway"""
+
+    host: Annotated[
+        Host,
+        Meta(description="Address that the gRPC gateway listens on. 127.0.0.1: this machine only."),
+    ] = "127.0.0.1"
+    port: Annotated[Port, Meta(description="TCP port of the gRPC gateway. 0: any free port.")] = 8001
+
+
+class MetricsConfig(Struct, frozen=True, forbid_unknown_fields=True):
+    """Metrics"""
+
+    host: Annotated[
+        Host,
+        Meta(description="Address that the Prometheus metrics are served on. 127.0.0.1: this machine only."),
+    ] = "127.0.0.1"
+    port: Annotated[Port, Meta(description="TCP port of the Prometheus metrics. 0: any free port.")] = 8002
+
+
+class NatsConfig(Struct, frozen=True, forbid_unknown_fields=True):
+    """NATS broker"""
+
+    url: Annotated[
+        str,
+        Meta(
+            description="Broker to connect to, as nats://, tls://, ws:// or wss://host:port; several members of one "
+            'cluster are separated by commas. "": start a broker of our own.'
+        ),
+    ] = ""
+    host: Annotated[Host, Meta(description="Address that our own broker listens on. 127.0.0.1: this machine only.")] = (
+        "127.0.0.1"
+    )
+    port: Annotated[Port, Meta(description="TCP port of our own broker. 0: any free port.")] = 4222
+    user: Annotated[str, Meta(description='User name at the broker. "": none.')] = ""
+    password: Annotated[
+        str,
+        Meta(
+            description='Password of that user. Prefer the variable to the flag, which `ps` shows. "": none.',
+            extra=SECRET,
+        ),
+    ] = ""
+    token: Annotated[
+        str,
+        Meta(
+            description='Token for the broker, in place of a user. Prefer the variable to the flag. "": none.',
+            extra=SECRET,
+        ),
+    ] = ""
+    nkey_seed_file: Annotated[
+        str, Meta(description='File with an nkey seed, in place of a user. "": none.', extra=PATH)
+    ] = ""
+    creds_file: Annotated[
+        str, Meta(description='Credentials file (user JWT and seed), in place of a user. "": none.', extra=PATH)
+    ] = ""
+    tls_ca: Annotated[
+        str,
+        Meta(
+            description='PEM file of the authorities that signed the broker\'s certificate. "": those of the system.',
+            extra=PATH,
+        ),
+    ] = ""
+    tls_cert: Annotated[
+        str, Meta(description='PEM file of the certificate shown to the broker. "": none.', extra=PATH)
+    ] = ""
+    tls_key: Annotated[str, Meta(description='PEM file of that certificate\'s private key. "": none.', extra=PATH)] = ""
+    max_payload_bytes: Annotated[
+        int,
+        Meta(
+            ge=64 * 1024,
+            le=64 * MIB,
+            description="Largest message that our own broker takes, bytes; a foreign broker says its own. Larger: "
+            "one message holds up the others on its connection for longer.",
+        ),
+    ] = 8 * MIB
+
+    def __rich_repr__(self) -> list[tuple[str, Any]]:
+        """Without secrets, so that a logged or raised configuration gives nothing away."""
+        values = {name: getattr(self, name) for name in self.__struct_fields__}
+        hidden = {name: "***" for name in ("url", "password", "token") if values[name]}
+        return list((values | hidden).items())
+
+    def __repr__(self) -> str:
+        return f"NatsConfig({', '.join(f'{name}={value!r}' for name, value in self.__rich_repr__())})"
+
+
+class BatchConfig(Struct, frozen=True, forbid_unknown_fields=True):
+    """Batching"""
+
+    batchers: Annotated[
+        Count,
+        Meta(
+            description="Batcher processes. More: more requests per second taken in, but each sees fewer of them, "
+            "so batches are less full."
+        ),
+    ] = 1
+    max_rows: Annotated[
+        int,
+        Meta(
+            ge=1,
+            le=65_536,
+            description="Most rows in one batch. Larger: more throughput, longer tail latency, more memory.",
+        ),
+    ] = 4096
+    queue_rows: Annotated[
+        int,
+        Meta(
+            ge=1,
+            le=16_777_216,
+            description="Most rows waiting in one batcher; above it requests are refused as OVERLOADED. Larger: "
+            "longer waits before a refusal.",
+        ),
+    ] = 65_536
+    queue_bytes: Annotated[
+        int,
+        Meta(
+            ge=MIB,
+            le=16 * 1024 * MIB,
+            description="Most bytes waiting in one batcher; above it requests are refused as OVERLOADED. Larger: "
+            "more memory.",
+        ),
+    ] = 64 * MIB
+    linger_us: Annotated[
+        int,
+        Meta(
+            ge=0,
+            le=1_000_000,
+            description="How long a request waits for company although an executor is free, µs. 0: never. Larger: "
+            "fuller batches, later answers.",
+        ),
+    ] = 0
+    default_budget_us: Annotated[
+        int,
+        Meta(
+            ge=1000,
+            le=600_000_000,
+            description="Time budget of a request that names none, µs. Larger: under overload, answers come late "
+            "rather than as refusals.",
+        ),
+    ] = 1_000_000
+    max_budget_us: Annotated[
+        int,
+        Meta(
+            ge=1000,
+            le=600_000_000,
+            description="Longest time budget that a request may ask for, µs; a longer one is cut to it. Larger: "
+            "requests may hold memory for longer.",
+        ),
+    ] = 60_000_000
+    stale_grace_us: Annotated[
+        int,
+        Meta(
+            ge=0,
+            le=600_000_000,
+            description="A request older than its budget plus this, by the sender's clock, is dropped unread, µs. "
+            "0: never. Larger: more work for callers who have left; smaller: clocks must agree better.",
+        ),
+    ] = 2_000_000
+
+
+class ExecutorConfig(Struct, frozen=True, forbid_unknown_fields=True):
+    """Executors"""
+
+    executors: Annotated[
+        Count, Meta(description="Executor processes, each with a copy of the model. More: more memory.")
+    ] = 1
+    slots: Annotated[
+        int,
+        Meta(
+            ge=0,
+            le=64,
+            description="Batches that one executor accepts before it has answered the first. 0: those that its "
+            "backend computes at once, plus one to copy meanwhile. Larger: batches wait at the executor, where "
+            "nothing more can join or overtake them.",
+        ),
+    ] = 0
+    threads: Annotated[
+        int,
+        Meta(
+            ge=0,
+            le=256,
+            description="Processor threads that one executor computes with. 0: the library's own choice, often all "
+            "cores. Larger: less left for batchers and gateways on the same host.",
+        ),
+    ] = 0
+
+
+class TimingConfig(Struct, frozen=True, forbid_unknown_fields=True):
+    """Liveness and failover"""
+
+    beat_ms: Annotated[
+        int,
+        Meta(
+            ge=5,
+            le=60_000,
+            description="Time between two heartbeats of an actor, ms. Larger: news of load and of deaths is older.",
+        ),
+    ] = 100
+    lease_ms: Annotated[
+        int,
+        Meta(
+            ge=20,
+            le=600_000,
+            description="An actor that was silent for this long counts as dead, ms. Larger: more requests wait for a "
+            "dead one; smaller: a pause is taken for a death.",
+        ),
+    ] = 500
+    drain_ms: Annotated[
+        int,
+        Meta(
+            ge=0,
+            le=600_000,
+            description="How long a stopping actor may finish what it accepted, ms. 0: it answers UNAVAILABLE at "
+            "once. Larger: slower restarts.",
+        ),
+    ] = 10_000
+    failover_floor_ms: Annotated[
+        int,
+        Meta(
+            ge=1,
+            le=60_000,
+            description="A batch is sent to another executor no sooner than this, ms. Larger: later answers when an "
+            "executor dies; smaller: work done twice after a hiccup.",
+        ),
+    ] = 50
+    failover_factor: Annotated[
+        float,
+        Meta(
+            ge=1.0,
+            le=100.0,
+            description="... and no sooner than this many times its predicted service time. Larger and smaller: as "
+            "for timing.failover_floor_ms.",
+        ),
+    ] = 4.0
+
+
+class Config(Struct, frozen=True, forbid_unknown_fields=True):
+    """General"""
+
+    mode: Annotated[
+        Mode,
+        Meta(
+            description="batch: batchers coalesce requests for executors; worker: executors take requests one by "
+            "one; inline: gateway, batcher and executor in one process."
+        ),
+    ] = "batch"
+    model: Annotated[
+        str,
+        Meta(
+            description='Folder of the model artifact to serve. "": a demo model, made in data_dir on first start.',
+            extra=PATH,
+        ),
+    ] = ""
+    data_dir: Annotated[
+        str,
+        Meta(
+            min_length=1,
+            description="Folder for what is kept between runs: the demo model, the broker's files.",
+            extra=PATH | {"default": "$XDG_DATA_HOME/narsil-stream"},
+        ),
+    ] = field(default_factory=lambda: default_data_dir(os.environ))
+    backend: Annotated[
+        BackendName,
+        Meta(description="What computes the scores. auto: the fastest that runs here; reference: NumPy."),
+    ] = "auto"
+    log_level: Annotated[LogLevel, Meta(description="Least important kind of message that is logged.")] = "info"
+    log_format: Annotated[
+        LogFormat, Meta(description="text: lines for people; json: one object a line, for collectors.")
+    ] = "text"
+    http: HttpConfig = HttpConfig()
+    grpc: GrpcConfig = GrpcConfig()
+    metrics: MetricsConfig = MetricsConfig()
+    nats: NatsConfig = NatsConfig()
+    batch: BatchConfig = BatchConfig()
+    executor: ExecutorConfig = ExecutorConfig()
+    timing: TimingConfig = TimingConfig()
