@@ -9,6 +9,7 @@ from msgspec import Meta, Struct, structs
 from narsil_stream.core.config.schema import Config
 
 PREFIX = "NARSIL_"
+GENERAL = Config.__doc__ or ""
 
 
 class Setting(Struct, frozen=True):
@@ -48,7 +49,19 @@ class Setting(Struct, frozen=True):
     @property
     def shown_default(self) -> str:
         """For people, the same on every machine."""
-        return str(self.extra.get("default", self.default)) or '""'
+        return str(self.extra.get("default", self.default))
+
+    @property
+    def panel(self) -> str:
+        """The title under which help and documentation list it."""
+        return sections()[self.section].__doc__ or "" if self.section else GENERAL
+
+    @property
+    def meaning(self) -> str:
+        """The description, with the range of a number."""
+        if self.base is str or self.choices:
+            return self.description
+        return f"{self.description} From {self.bound('ge')} to {self.bound('le')}."
 
     @property
     def base(self) -> Any:
