@@ -1,4 +1,4 @@
-"""`model.json`: what a model is. Read by the compute side (weights), the batcher (validation) and gateways (metadata)."""
+"""`model.json`: what a model is. Read by the compute side (weights), the batcher (validation), gateways (metadata)."""
 
 import re
 from typing import Annotated, Literal
@@ -9,7 +9,10 @@ NAME = re.compile(r"[a-zA-Z0-9_-]{1,64}")
 """Model names and versions: they become NATS subject tokens and folder names."""
 
 RowType = Literal["FP32", "FP16", "INT8"]
-Name = Annotated[str, Meta(pattern=r"^[a-zA-Z0-9_-]{1,64}$")]
+Name = Annotated[str, Meta(pattern=r"^[a-zA-Z0-9_-]{1,64}\Z")]
+FileName = Annotated[str, Meta(pattern=r"^[a-zA-Z0-9_-][a-zA-Z0-9._-]{0,127}\Z")]
+"""A plain name inside the artifact's folder: no separator, no leading dot."""
+Sha256 = Annotated[str, Meta(pattern=r"^[0-9a-f]{64}\Z")]
 Width = Annotated[int, Meta(ge=1, le=65_536)]
 
 
@@ -38,6 +41,10 @@ class Architecture(Struct, frozen=True, forbid_unknown_fields=True, tag_field="k
     pooling: Literal["sum"] = "sum"
 
 
+CRITEO_SHAPE = (13, 26)
+"""Dense features and tables of a model that reads Criteo rows."""
+
+
 class Preprocessing(Struct, frozen=True, forbid_unknown_fields=True):
     """How a raw click row becomes the model's inputs: integers log(max(x, 0) + 1), categories hex value mod rows."""
 
@@ -53,7 +60,7 @@ class ModelSpec(Struct, frozen=True, forbid_unknown_fields=True, omit_defaults=T
     name: Name
     architecture: Architecture
     tables: Annotated[tuple[Table, ...], Meta(min_length=1, max_length=4096)]
-    files: dict[str, Annotated[str, Meta(pattern=r"^[0-9a-f]{64}$")]] = field(default_factory=dict)
+    files: dict[FileName, Sha256] = field(default_factory=dict)
     version: Name = "1"
     format: Literal[1] = 1
     preprocessing: Preprocessing | None = None
@@ -69,6 +76,10 @@ class ModelSpec(Struct, frozen=True, forbid_unknown_fields=True, omit_defaults=T
         names = [table.name for table in self.tables]
         if len(set(names)) != len(names):
             raise ValueError("tables must have different names")
+        if self.preprocessing and (self.n_dense, self.n_sparse) != CRITEO_SHAPE:
+            raise ValueError(
+                f"preprocessing criteo needs 13 dense features and 26 tables, got {self.n_dense} and {self.n_sparse}"
+            )
 
     @property
     def n_dense(self) -> int:
@@ -77,3 +88,8 @@ class ModelSpec(Struct, frozen=True, forbid_unknown_fields=True, omit_defaults=T
     @property
     def n_sparse(self) -> int:
         return len(self.tables)
+
+    @property
+    def top_input(self) -> int:
+        """Width of the interaction's output: the bottom output and one product for each pair of F+1 vectors."""
+        return self.architecture.dim + (self.n_sparse + 1) * self.n_sparse // 2
