@@ -1,0 +1,308 @@
+"""An artifact on disk: a folder of `model.json` (what the model is) and `weights.safetensors` (its numbers).
+
+Nothing in it executes. Every file is hashed before use, every tensor is checked against the description.
+"""
+
+import contextlib
+import hashlib
+import math
+import os
+import secrets
+import shutil
+from collections.abc import Iterable, Iterator, Mapping
+from pathlib import Path
+from typing import Any, NamedTuple, NoReturn
+
+import msgspec
+import numpy as np
+from msgspec import Struct
+from numpy.typing import NDArray
+from safetensors import SafetensorError, safe_open
+from safetensors.numpy import save_file
+
+from narsil_stream.schemas.model import ModelSpec, Table
+
+MODEL = "model.json"
+WEIGHTS = "weights.safetensors"
+MAX_MODEL_BYTES = 8 << 20
+"""Of `model.json`: far above 4096 tables, far below what would hurt to read."""
+
+_STEP_VALUES = 1 << 20
+"""Values checked for NaN at a time, so that a check of a big table needs little memory."""
+
+Tensors = Mapping[str, NDArray[Any]]
+
+
+class ArtifactError(Exception):
+    """An artifact that cannot be used or written: says where, what was found, what was expected, what to do next."""
+
+    def __init__(self, where: str, found: str, expected: str, step: str) -> None:
+        super().__init__(f"{where}: found {found}, expected {expected}. Next: {step}.")
+        self.where = where
+        self.found = found
+        self.expected = expected
+        self.step = step
+
+
+class Slot(NamedTuple):
+    """Type and shape that the description gives to one tensor."""
+
+    dtype: str
+    """By the names of safetensors: F32, F16, U8."""
+    shape: tuple[int, ...]
+
+    @property
+    def values(self) -> int:
+        return math.prod(self.shape)
+
+    @property
+    def nbytes(self) -> int:
+        return self.values * _DTYPES[self.dtype].itemsize
+
+    def __str__(self) -> str:
+        return f"{self.dtype} {list(self.shape)}"
+
+
+class Artifact(Struct, frozen=True):
+    """A model in memory: its description and exactly the tensors that `layout(spec)` names."""
+
+    spec: ModelSpec
+    tensors: Tensors
+
+
+_DTYPES: dict[str, np.dtype[Any]] = {"F32": np.dtype("<f4"), "F16": np.dtype("<f2"), "U8": np.dtype("u1")}
+_ROWS = {"FP32": "F32", "FP16": "F16", "INT8": "U8"}
+_RESTORE = "restore the file from its source, or write the artifact again"
+
+
+def layout(spec: ModelSpec) -> dict[str, Slot]:
+    """Every tensor of a model by name, in model order: bottom MLP, tables, top MLP."""
+    slots: dict[str, Slot] = {}
+    for i, (wide, out) in enumerate(_layers(spec.n_dense, spec.architecture.bottom)):
+        slots[f"bottom.{i}.weight"] = Slot("F32", (out, wide))
+        slots[f"bottom.{i}.bias"] = Slot("F32", (out,))
+    for table in spec.tables:
+        slots |= table_layout(table, spec.architecture.dim)
+    for i, (wide, out) in enumerate(_layers(spec.top_input, spec.architecture.top)):
+        slots[f"top.{i}.weight"] = Slot("F32", (out, wide))
+        slots[f"top.{i}.bias"] = Slot("F32", (out,))
+    return slots
+
+
+def table_layout(table: Table, dim: int) -> dict[str, Slot]:
+    """The tensors of one table: its rows and, for INT8 rows, an FP16 (scale, bias) for each row."""
+    slots = {f"tables.{table.name}.weight": Slot(_ROWS[table.dtype], (table.rows, dim))}
+    if table.dtype == "INT8":
+        slots[f"tables.{table.name}.scale_bias"] = Slot("F16", (table.rows, 2))
+    return slots
+
+
+def read(folder: Path) -> Artifact:
+    """Check and load a whole artifact. Each tensor is copied once, from the file into memory of its own.
+
+    Raises ArtifactError: a file is missing, unreadable, altered, or changes meanwhile; a tensor is missing, unnamed, of
+    another type or shape, or holds NaN or infinity.
+    """
+    spec = read_spec(folder)
+    weights = folder / WEIGHTS
+    with _explained(weights):
+        before = _stamp(weights)
+        check_hashes(folder, spec)
+        tensors = _read_tensors(weights, layout(spec))
+        if _stamp(weights) != before:
+            raise ArtifactError(
+                str(weights), "a file that changed while it was read", "a file at rest", "load it again"
+            )
+    _check_finite(WEIGHTS, tensors)
+    return Artifact(spec, tensors)
+
+
+def read_spec(folder: Path) -> ModelSpec:
+    """Read `model.json` alone: quick, whatever the size of the tables; no weight is looked at.
+
+    Raises ArtifactError: no such folder, not JSON, an unknown or missing field, a value out of range.
+    """
+    path = folder / MODEL
+    with _explained(path):
+        _need_file(path)
+        size = path.stat().st_size
+        if size > MAX_MODEL_BYTES:
+            raise ArtifactError(
+                str(path), f"{size} bytes", f"at most {MAX_MODEL_BYTES}", "check that it is a model.json"
+            )
+        return _decode_spec(path.read_bytes(), str(path))
+
+
+def check_hashes(folder: Path, spec: ModelSpec) -> None:
+    """Compare the sha256 of each file that the description names. Raises ArtifactError for the first that differs."""
+    if WEIGHTS not in spec.files:
+        raise ArtifactError(
+            str(folder / MODEL),
+            f"no sha256 of {WEIGHTS} in `files`",
+            "one for each file",
+            "write the artifact again with `narsil model` or kernels.artifact.write",
+        )
+    for name, expected in spec.files.items():
+        _need_file(folder / name)
+        found = _sha256(folder / name)
+        if found != expected:
+            raise ArtifactError(str(folder / name), f"sha256 {found}", expected, _RESTORE)
+
+
+def write(folder: Path, artifact: Artifact, *, overwrite: bool = False) -> ModelSpec:
+    """Write an artifact whole or not at all, and return its description with the sha256 of each file filled in.
+
+    With `overwrite` an artifact that stands there steps aside and is removed after the new one has its place; a folder
+    that holds anything else is never touched. Raises ArtifactError: the target is taken, cannot be written, or the
+    tensors do not fit the description.
+    """
+    spec = _checked(artifact)
+    folder = folder.absolute()
+    with _explained(folder), _beside(folder) as fresh:
+        _refuse_target(folder, overwrite)
+        folder.parent.mkdir(parents=True, exist_ok=True)
+        fresh.mkdir()
+        save_file({name: np.ascontiguousarray(t) for name, t in artifact.tensors.items()}, fresh / WEIGHTS)
+        spec = msgspec.structs.replace(spec, files={WEIGHTS: _sha256(fresh / WEIGHTS)})
+        (fresh / MODEL).write_bytes(msgspec.json.format(msgspec.json.encode(spec), indent=2) + b"\n")
+        _sync(fresh / WEIGHTS, fresh / MODEL, fresh)
+        _swap(fresh, folder)
+        _sync(folder.parent)
+    return spec
+
+
+def _layers(width: int, outputs: tuple[int, ...]) -> Iterable[tuple[int, int]]:
+    return zip((width, *outputs[:-1]), outputs, strict=True)
+
+
+def _decode_spec(data: bytes, where: str) -> ModelSpec:
+    try:
+        return msgspec.json.decode(data, type=ModelSpec)
+    except (msgspec.DecodeError, ValueError) as error:
+        raise ArtifactError(
+            where, f"an unfit description ({error})", "a model description of format 1", _RESTORE
+        ) from error
+
+
+def _read_tensors(path: Path, expected: Mapping[str, Slot]) -> dict[str, NDArray[Any]]:
+    """Look at all names, types and shapes before the first tensor takes memory."""
+    try:
+        with safe_open(path, framework="np") as file:
+            found = {name: file.get_slice(name) for name in file.keys()}  # noqa: SIM118  (not a mapping)
+            _check_slots(path.name, {n: Slot(s.get_dtype(), tuple(s.get_shape())) for n, s in found.items()}, expected)
+            return {name: file.get_tensor(name) for name in expected}
+    except SafetensorError as error:
+        raise ArtifactError(str(path), f"an unreadable file ({error})", "a safetensors file", _RESTORE) from error
+
+
+def _check_slots(file: str, found: Mapping[str, Slot], expected: Mapping[str, Slot]) -> None:
+    for name in sorted(expected.keys() - found.keys()):
+        _unfit(file, name, "no such tensor", str(expected[name]))
+    for name in sorted(found.keys() - expected.keys()):
+        _unfit(file, name, f"a tensor {found[name]}", f"none of this name: {MODEL} has no place for it")
+    for name, slot in expected.items():
+        if found[name] != slot:
+            _unfit(file, name, str(found[name]), str(slot))
+
+
+def _unfit(file: str, tensor: str, found: str, expected: str) -> NoReturn:
+    raise ArtifactError(f"{file}, tensor {tensor}", found, expected, f"correct {MODEL} or write the artifact again")
+
+
+def _check_finite(file: str, tensors: Tensors) -> None:
+    for name, tensor in tensors.items():
+        flat = tensor.reshape(-1)
+        for start in range(0, flat.size if tensor.dtype.kind == "f" else 0, _STEP_VALUES):
+            finite = np.isfinite(flat[start : start + _STEP_VALUES])
+            if not finite.all():
+                at = start + int(finite.argmin())
+                place = [int(i) for i in np.unravel_index(at, tensor.shape)]
+                _unfit(file, name, f"{flat[at]} at {place}", "finite numbers")
+
+
+def _checked(artifact: Artifact) -> ModelSpec:
+    """The description as a reader will decode it: constructors of Structs do not check ranges, the decoder does."""
+    spec = _decode_spec(msgspec.json.encode(artifact.spec), MODEL)
+    names = {dtype: name for name, dtype in _DTYPES.items()}
+    found = {n: Slot(names.get(t.dtype, str(t.dtype)), t.shape) for n, t in artifact.tensors.items()}
+    _check_slots(WEIGHTS, found, layout(spec))
+    _check_finite(WEIGHTS, artifact.tensors)
+    return spec
+
+
+def _refuse_target(folder: Path, overwrite: bool) -> None:
+    if not folder.exists() and not folder.is_symlink():
+        return
+    if not folder.is_dir() or folder.is_symlink():
+        raise ArtifactError(str(folder), "a file or a link", "a free name or a folder", "choose another name")
+    if strangers := sorted(entry.name for entry in folder.iterdir() if entry.name not in (MODEL, WEIGHTS)):
+        raise ArtifactError(
+            str(folder), f"a folder that holds {strangers[0]}", f"only {MODEL} and {WEIGHTS}", "choose another name"
+        )
+    if not overwrite and any(folder.iterdir()):
+        raise ArtifactError(
+            str(folder), "an artifact", "a free name", "choose another name, or overwrite it on purpose (--overwrite)"
+        )
+
+
+@contextlib.contextmanager
+def _explained(path: Path) -> Iterator[None]:
+    try:
+        yield
+    except OSError as error:
+        found = error.strerror or str(error)
+        raise ArtifactError(
+            str(error.filename or path), found, "a readable, writable place", "check its permissions and space"
+        ) from error
+
+
+@contextlib.contextmanager
+def _beside(folder: Path) -> Iterator[Path]:
+    """A name for a temporary folder on the same file system; whatever stands there in the end is removed."""
+    path = folder.parent / f".{folder.name}.{secrets.token_hex(4)}.tmp"
+    try:
+        yield path
+    finally:
+        shutil.rmtree(path, ignore_errors=True)
+
+
+def _swap(fresh: Path, folder: Path) -> None:
+    """Put `fresh` in the place of `folder`. A rename cannot replace a full folder: that one steps aside first."""
+    if not folder.exists():
+        fresh.rename(folder)
+        return
+    with _beside(folder) as old:
+        folder.rename(old)
+        try:
+            fresh.rename(folder)
+        except OSError:
+            old.rename(folder)
+            raise
+
+
+def _sync(*paths: Path) -> None:
+    for path in paths:
+        handle = os.open(path, os.O_RDONLY)
+        try:
+            os.fsync(handle)
+        finally:
+            os.close(handle)
+
+
+def _sha256(path: Path) -> str:
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def _stamp(path: Path) -> tuple[int, int, int]:
+    _need_file(path)
+    stat = path.stat()
+    return stat.st_ino, stat.st_mtime_ns, stat.st_size
+
+
+def _need_file(path: Path) -> None:
+    if not path.is_file():
+        found = "something that is not a file" if path.exists() else "nothing"
+        raise ArtifactError(
+            str(path), found, "a file of the artifact", "check the path; `narsil model init` makes an artifact to try"
+        )
