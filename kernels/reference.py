@@ -1,0 +1,184 @@
+"""The `reference` backend: DLRM in NumPy, written to be read. What every other backend is compared with."""
+
+import functools
+from collections.abc import Iterator
+from pathlib import Path
+from typing import NamedTuple
+
+import numpy as np
+from numpy.typing import NDArray
+
+from narsil_stream.kernels.artifact import Artifact, Tensors, read
+from narsil_stream.kernels.backend import Backend, BackendInfo, RaggedBatch
+from narsil_stream.schemas.model import ModelSpec, Table
+
+Floats = NDArray[np.float32]
+Ids = NDArray[np.int32]
+
+_BLOCK_ROWS = 256
+"""Rows computed at a time: what a block needs stays in a core's cache, and memory does not grow with the batch."""
+
+
+class Layer(NamedTuple):
+    weight: Floats
+    """[out, in]"""
+    bias: Floats
+    """[out]"""
+
+
+class Rows(NamedTuple):
+    """An embedding table as it is stored."""
+
+    weight: NDArray[np.float32] | NDArray[np.float16] | NDArray[np.uint8]
+    """[rows, dim]"""
+    scale_bias: NDArray[np.float16] | None
+    """[rows, 2] for INT8 rows."""
+
+
+def load(artifact: Path) -> Backend:
+    """Load an artifact's folder. Raises ArtifactError when it is unfit."""
+    return Reference(read(artifact))
+
+
+def lookup(table: Rows, ids: Ids) -> Floats:
+    """out[n] = the row `ids[n]` as FP32. INT8: out[n, d] = weight[id, d] * scale[id] + bias[id], computed in FP32.
+
+    ids [N], out [N, dim].
+    """
+    rows: Floats = table.weight.take(ids, axis=0).astype(np.float32, copy=False)
+    if table.scale_bias is None:
+        return rows
+    scale, bias = table.scale_bias.take(ids, axis=0).astype(np.float32).T
+    rows *= scale[:, None]
+    rows += bias[:, None]
+    return rows
+
+
+def pool(rows: Floats, lengths: Ids) -> Floats:
+    """out[b] = the sum of bag b, the next `lengths[b]` of `rows`; zero for an empty bag.
+
+    rows [N, dim], lengths [B] with sum N, out [B, dim].
+    """
+    out = np.zeros((len(lengths), rows.shape[1]), np.float32)
+    full = lengths > 0
+    starts = np.cumsum(lengths) - lengths
+    if full.any():
+        out[full] = np.add.reduceat(rows, starts[full], axis=0)
+    return out
+
+
+def interact(x: Floats) -> Floats:
+    """out[b] = [x[b, 0], then Σ_d x[b, i, d]·x[b, j, d] for 0 <= j < i <= F in the order (1,0), (2,0), (2,1) ...].
+
+    x [B, F+1, dim], row 0 the bottom MLP's output; out [B, dim + F(F+1)/2].
+    """
+    products = (x @ x.transpose(0, 2, 1)).reshape(len(x), -1)
+    return np.concatenate([x[:, 0], products.take(_pairs(x.shape[1]), axis=1)], axis=1)
+
+
+def relu_layers(x: Floats, layers: list[Layer]) -> Floats:
+    """x = max(0, x·Wᵀ + b) for each layer. x [B, in of the first], out [B, out of the last]."""
+    for weight, bias in layers:
+        x = x @ weight.T
+        x += bias
+        np.maximum(x, 0, out=x)
+    return x
+
+
+def sigmoid(x: Floats) -> Floats:
+    """1 / (1 + e^-x), by way of e^-|x| so that nothing overflows and small scores keep their digits."""
+    small = np.exp(-np.abs(x))
+    scores: Floats = np.where(x >= 0, np.float32(1), small) / (1 + small)
+    return scores
+
+
+class Reference:
+    """A DLRM with dot interaction in FP32 arithmetic, on the CPU.
+
+    A row's score does not depend on which rows share its batch, beyond the rounding of the matrix products.
+    """
+
+    def __init__(self, artifact: Artifact) -> None:
+        """The tensors are used in place: not copied, not converted."""
+        spec, tensors = artifact.spec, artifact.tensors
+        self._spec = spec
+        self._bottom = _layers(tensors, "bottom", len(spec.architecture.bottom))
+        *self._top, self._last = _layers(tensors, "top", len(spec.architecture.top))
+        self._tables = [_rows(tensors, table) for table in spec.tables]
+
+    @property
+    def spec(self) -> ModelSpec:
+        return self._spec
+
+    @property
+    def info(self) -> BackendInfo:
+        return BackendInfo(name="reference", device="cpu", precision="fp32")
+
+    def warm_up(self, max_rows: int) -> None:
+        """One pass, which starts the threads of the linear algebra library. Nothing is kept for `max_rows`."""
+        rows = min(max_rows, _BLOCK_ROWS)
+        dense = np.zeros((rows, self._spec.n_dense), np.float32)
+        self.logits(RaggedBatch(dense, np.zeros(rows * self._spec.n_sparse, np.int32)))
+
+    def run(self, batch: RaggedBatch, scores: Floats) -> None:
+        """scores [rows] = sigmoid(logits)."""
+        scores[:] = sigmoid(self.logits(batch))
+
+    def logits(self, batch: RaggedBatch) -> Floats:
+        """What goes into the last sigmoid. out [rows].
+
+        bottom MLP -> x[:, 0]; pooled rows of table t -> x[:, 1 + t]; interaction; top MLP, its last layer without ReLU.
+        """
+        out = np.empty(batch.rows, np.float32)
+        for block, dense, bags in self._blocks(batch):
+            x = np.empty((len(dense), 1 + len(self._tables), self._spec.architecture.dim), np.float32)
+            x[:, 0] = relu_layers(dense, self._bottom)
+            for t, (ids, lengths) in enumerate(bags):
+                rows = lookup(self._tables[t], ids)
+                x[:, 1 + t] = rows if lengths is None else pool(rows, lengths)
+            hidden = relu_layers(interact(x), self._top)
+            out[block] = (hidden @ self._last.weight.T)[:, 0] + self._last.bias
+        return out
+
+    def unload(self) -> None:
+        self._tables = []
+
+    def _blocks(self, batch: RaggedBatch) -> Iterator[tuple[slice, Floats, list[tuple[Ids, Ids | None]]]]:
+        """Cut a batch into (rows, their dense features, and for each table its ids and bag lengths)."""
+        ends = None if batch.lengths is None else np.cumsum(batch.lengths.sum(axis=1, dtype=np.int64))
+        for start in range(0, batch.rows, _BLOCK_ROWS):
+            block = slice(start, min(start + _BLOCK_ROWS, batch.rows))
+            if batch.lengths is None or ends is None:
+                ids = batch.ids.reshape(batch.rows, -1)[block]
+                yield block, batch.dense[block], [(column, None) for column in ids.T]
+            else:
+                first = 0 if start == 0 else ends[start - 1]
+                yield (
+                    block,
+                    batch.dense[block],
+                    _by_table(batch.ids[first : ends[block.stop - 1]], batch.lengths[block]),
+                )
+
+
+@functools.cache
+def _pairs(vectors: int) -> NDArray[np.intp]:
+    """Where the pairs i > j stand in a flattened [vectors, vectors] matrix, in the order of `interact`."""
+    i, j = np.tril_indices(vectors, k=-1)
+    return i * vectors + j
+
+
+def _by_table(ids: Ids, lengths: Ids) -> list[tuple[Ids, Ids | None]]:
+    """Reorder bags from batch-major (row 0 table 0, row 0 table 1, ...) to (ids, lengths) of each table."""
+    tables = lengths.shape[1]
+    table_of_bag = np.tile(np.arange(tables, dtype=np.int16), len(lengths))
+    order = np.argsort(np.repeat(table_of_bag, lengths.reshape(-1)), kind="stable")
+    cuts = np.cumsum(lengths.sum(axis=0, dtype=np.int64))[:-1]
+    return list(zip(np.split(ids[order], cuts), lengths.T, strict=True))
+
+
+def _layers(tensors: Tensors, part: str, count: int) -> list[Layer]:
+    return [Layer(tensors[f"{part}.{i}.weight"], tensors[f"{part}.{i}.bias"]) for i in range(count)]
+
+
+def _rows(tensors: Tensors, table: Table) -> Rows:
+    return Rows(tensors[f"tables.{table.name}.weight"], tensors.get(f"tables.{table.name}.scale_bias"))
