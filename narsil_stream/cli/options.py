@@ -27,7 +27,7 @@ class SettingOption(click.RichOption):
 def config_options(*names: str) -> Callable[[Command], Command]:
     """Give a command `--config FILE` and a flag for each setting of `names`; it gets one `Loaded` as first argument.
 
-    `names` are sections ("http", "nats") and top-level settings ("mode", "model"); none at all stands for everything.
+    `names` are sections ("http") and single settings ("mode", "nats.url"); none at all stands for everything.
     `--log-level` and `--log-format` are always there. Settings without a flag here still come from variables and
     the file. A configuration that cannot be used ends the command with status 2 and the reason on stderr.
     """
@@ -61,9 +61,9 @@ def fail(reason: str) -> NoReturn:
 def _chosen(names: tuple[str, ...]) -> Iterator[Setting]:
     unknown = set(names) - set(sections()) - set(settings())
     if unknown:
-        raise ValueError(f"neither a section nor a top-level setting: {', '.join(sorted(unknown))}")
+        raise ValueError(f"neither a section nor a setting: {', '.join(sorted(unknown))}")
     for setting in settings().values():
-        if not names or (setting.section or setting.key) in (*names, *ALWAYS):
+        if not names or {setting.key, setting.section} & {*names, *ALWAYS}:
             yield setting
 
 
