@@ -98,7 +98,7 @@ class Batch(Struct, array_like=True, frozen=True, gc=False, tag=5):
 
 
 class Result(Struct, array_like=True, frozen=True, gc=False, tag=6):
-    """Executor -> batcher. Neither scores nor a fault: the slot was void, the batch did not run and may be sent again."""
+    """Executor -> batcher. Neither scores nor a fault: the slot was void, the batch did not run."""
 
     batch: int
     executor: str

@@ -1,7 +1,7 @@
 """Version 1 of what travels on public subjects: one content, two spellings.
 
-JSON is the Open Inference Protocol's infer request; msgpack is the same content as arrays with raw tensor bytes. They are
-told apart by the first byte. Structs only grow: new fields last, with a default. `schemas/codec.py` converts between them.
+JSON is the Open Inference Protocol's infer request; msgpack is the same content as arrays with raw tensor bytes. They
+are told apart by the first byte. Structs only grow: new fields last, with a default. `schemas/codec.py` converts.
 """
 
 from typing import Annotated, Any

@@ -1,0 +1,419 @@
+"""The batcher: takes requests in, lets the policy decide, sends batches to executors and answers to the callers.
+
+Everything that decides is in `scheduling`; here are the clock, the messages and the joining and splitting of rows.
+"""
+
+import asyncio
+import contextlib
+import logging
+from collections import defaultdict
+from collections.abc import Callable, Iterable
+from itertools import accumulate
+
+import msgspec
+from msgspec import Struct
+from nats.aio.msg import Msg
+from nats.micro.service import EndpointStats
+from prometheus_client import Counter, Histogram
+
+from narsil_stream.actors.catalogue import Catalogue, Described
+from narsil_stream.actors.queue import State, Ticket
+from narsil_stream.actors.scheduling import Decision, Dispatch, Drop, Plead, Rules, Scheduler
+from narsil_stream.core.actor import Actor, now_us, unix_us
+from narsil_stream.core.admission import Rows, one_hot_lengths
+from narsil_stream.core.bus import Bus
+from narsil_stream.core.config import Config
+from narsil_stream.core.telemetry import ROWS, SECONDS, RequestMetrics, gauges
+from narsil_stream.schemas import codec, subjects
+from narsil_stream.schemas.errors import Fault, Refused
+from narsil_stream.schemas.internal import (
+    Answers,
+    Ask,
+    Batch,
+    BatcherBeat,
+    Bundle,
+    Cancel,
+    ExecutorBeat,
+    Grant,
+    Result,
+    ToBatcher,
+)
+from narsil_stream.schemas.wire import InferAnswer, InferRequest, Tensor
+
+log = logging.getLogger(__name__)
+
+DEFAULT_PRIORITY = 128
+BATCH_HEADER = 1_024
+"""Bytes of a batch message beside its rows."""
+MAILBOX = 65_536
+
+_decode = msgspec.msgpack.Decoder(ToBatcher).decode
+_decode_beat = msgspec.msgpack.Decoder(ExecutorBeat).decode
+
+
+class Hello(Struct, frozen=True):
+    """Somebody new wants to know who is here."""
+
+
+class Published(Struct, frozen=True):
+    """A request on a public subject, as it came."""
+
+    subject: str
+    reply: str
+    payload: bytes
+
+
+class Caller(Struct, frozen=True, gc=False):
+    """Whom to answer. `slot` < 0: on a plain reply subject, in `spelling`; else in the asker's bundle of answers."""
+
+    reply: str
+    slot: int
+    id: str
+    spelling: codec.Spelling = codec.Spelling.MSGPACK
+
+
+class Work(Struct, frozen=True):
+    """What a ticket stands for."""
+
+    rows: Rows
+    caller: Caller
+
+
+Message = Bundle | Cancel | Result | Grant | ExecutorBeat | Described | Published | Hello
+
+
+class Metrics:
+    """The batcher's own; the requests' are in `RequestMetrics`."""
+
+    def __init__(self, batcher: "Batcher") -> None:
+        registry = batcher.registry
+        self.requests = RequestMetrics(registry)
+        self.batch_rows = Histogram("narsil_batch_rows", "Rows in a batch", buckets=ROWS, registry=registry)
+        self.batch_fill = Histogram(
+            "narsil_batch_fill_ratio", "Rows in a batch, of max_rows", buckets=[i / 10 for i in range(1, 11)],
+            registry=registry,
+        )  # fmt: skip
+        self.queue_wait = Histogram(
+            "narsil_queue_wait_seconds", "From arrival to the cut of the batch", buckets=SECONDS, registry=registry
+        )
+        self.no_answer = Counter("narsil_unanswerable", "Requests without a reply subject that may be used", ["why"],
+                                 registry=registry)  # fmt: skip
+        self.early = Counter("narsil_sent_in_future", "Requests sent later than now, by their clock", registry=registry)
+        self.resent = Counter("narsil_batches_resent", "Batches sent a second time", registry=registry)
+        executors = batcher.policy.executors
+        gauges(
+            registry,
+            narsil_queue_rows=("Rows waiting", lambda: batcher.policy.rows),
+            narsil_queue_bytes=("Bytes waiting", lambda: batcher.policy.bytes),
+            narsil_credits=("Slots in hand", lambda: sum(len(e.free) for e in executors.values())),
+            narsil_in_flight=("Batches sent", lambda: sum(len(e.flights) for e in executors.values())),
+            narsil_executors_alive=("Executors heard of", lambda: len(executors)),
+            narsil_mailbox_peak=("Most messages taken at once", lambda: batcher.mailbox.peak),
+        )
+
+
+class Batcher(Actor[Message]):
+    kind = "batcher"
+
+    def __init__(self, config: Config, bus: Bus) -> None:
+        super().__init__(MAILBOX)
+        self._config = config
+        self._bus = bus
+        self.policy = Scheduler(self.name, self._rules(config, bus.max_payload))
+        self._catalogue = Catalogue(bus, self.mailbox.put_urgent)
+        self._metrics = Metrics(self)
+        self._open: dict[tuple[str, int], Ticket] = {}
+        self._answers: dict[str, list[tuple[int, InferAnswer]]] = defaultdict(list)
+        self._tickets = 0
+        self._beat_due_us = 0
+        self._phase = "up"
+        self._idle = asyncio.Event()
+        self._stats = EndpointStats("infer", f"{subjects.INFER}.>", subjects.QUEUE_GROUP, 0, 0, 0, 0)
+
+    # Life
+
+    async def start(self) -> None:
+        await self._bus.listen(subjects.batcher(self.name), self._take, _decode)
+        await self._bus.listen(subjects.EXECUTOR_BEAT, self.mailbox.put_urgent, _decode_beat)
+        await self._bus.subscribe(subjects.HELLO, lambda _: self.mailbox.put_urgent(Hello()))
+        await self._bus.subscribe(subjects.describe(self.name), self._catalogue.on_describe)
+        await self._bus.subscribe(f"{subjects.INFER}.>", self._take_published, subjects.QUEUE_GROUP)
+        await self._bus.flush()
+        self._bus.publish(subjects.HELLO, b"")
+
+    async def drain(self) -> None:
+        """Leave the queue group, tell those who send here, and wait until all is answered and no more comes."""
+        await self._bus.unsubscribe(f"{subjects.INFER}.>")
+        self._phase, self._beat_due_us = "leaving", 0
+        self.mailbox.put_urgent(Hello())
+        await asyncio.sleep(2 * self._config.timing.beat_ms / 1e3)
+        self._idle.clear()
+        self.mailbox.put_urgent(Hello())
+        await self._idle.wait()
+
+    async def stop(self) -> None:
+        self._phase = "gone"
+        self._act(self.policy.abandon_all())
+        self._send_answers()
+        self._beat(now_us())
+        self._catalogue.stop()
+        for subject in (subjects.batcher(self.name), subjects.EXECUTOR_BEAT, subjects.HELLO,
+                        subjects.describe(self.name), f"{subjects.INFER}.>"):  # fmt: skip
+            await self._bus.unsubscribe(subject)
+
+    def endpoints(self) -> list[EndpointStats]:
+        return [self._stats]
+
+    def detail(self) -> str:
+        executors = len(self.policy.executors)
+        return f"{executors} executor{'s' * (executors != 1)}, {self.policy.rows} rows waiting"
+
+    # Messages in
+
+    def _take(self, message: ToBatcher) -> None:
+        if isinstance(message, Bundle):
+            if not self.mailbox.put(message):
+                for ask in message.asks:
+                    self._refuse_unseen(Caller(message.reply, ask.slot, ask.request.id))
+        else:
+            self.mailbox.put_urgent(message)
+
+    def _take_published(self, message: Msg) -> None:
+        published = Published(message.subject, message.reply, message.data)
+        if not self.mailbox.put(published):
+            self._refuse_unseen(Caller(message.reply, -1, "", codec.spelling_of(message.data)))
+
+    def _refuse_unseen(self, caller: Caller) -> None:
+        self._metrics.requests.offered.inc()
+        self._refuse(caller, Refused(Fault.OVERLOADED, "too many messages at once", 10_000))
+        self._send_answers()
+
+    def receive(self, message: Message) -> None:
+        match message:
+            case Bundle():
+                for ask in message.asks:
+                    self._admit_ask(message.reply, ask)
+            case Published():
+                self._admit_published(message)
+            case Result():
+                tickets, decisions = self.policy.result(message, now_us())
+                self._act(decisions)
+                self._score(tickets, message)
+            case ExecutorBeat():
+                self._act(self.policy.beat(self._catalogue.known_only(message), now_us()))
+            case Grant():
+                self.policy.grant(message.executor, message.slot)
+            case Cancel():
+                for slot in message.slots:
+                    self._cancel(message.reply, slot)
+            case Described():
+                self._catalogue.add(message)
+            case Hello():
+                self._beat_due_us = 0
+
+    def turn(self) -> int | None:
+        now = now_us()
+        self._act(self.policy.decide(now))
+        self._send_answers()
+        if now >= self._beat_due_us:
+            self._beat(now)
+        if self.policy.idle():
+            self._idle.set()
+        wake = self.policy.wake_us(now)
+        return self._beat_due_us if wake is None else min(wake, self._beat_due_us)
+
+    # Admission
+
+    def _admit_ask(self, reply: str, ask: Ask) -> None:
+        caller = Caller(reply, ask.slot, ask.request.id)
+        self._admit(caller, ask.model, ask.version, lambda: ask.request)
+
+    def _admit_published(self, message: Published) -> None:
+        if subjects.reserved(message.reply) or not message.reply:
+            self._metrics.no_answer.labels("reserved subject" if message.reply else "no reply subject").inc()
+            return
+        model, _, version = message.subject.removeprefix(f"{subjects.INFER}.").partition(".")
+        caller = Caller(message.reply, -1, "", codec.spelling_of(message.payload))
+        self._admit(caller, model, version, lambda: codec.decode_request(message.payload))
+
+    def _admit(self, caller: Caller, model: str, version: str, read: Callable[[], InferRequest]) -> None:
+        self._metrics.requests.offered.inc()
+        self._stats.num_requests += 1
+        try:
+            request = read()
+            caller = msgspec.structs.replace(caller, id=request.id)
+            ticket = self._ticket(caller, model, version, request)
+            self.policy.offer(ticket, now_us())
+        except Refused as refused:
+            self._refuse(caller, refused)
+            return
+        if caller.slot >= 0:
+            self._open[caller.reply, caller.slot] = ticket
+
+    def _ticket(self, caller: Caller, model: str, version: str, request: InferRequest) -> Ticket:
+        limits = self._config.batch
+        now = now_us()
+        budget_us = min(request.budget_us or limits.default_budget_us, limits.max_budget_us)
+        if request.sent_us:
+            age_us = unix_us() - request.sent_us
+            if age_us < 0:
+                self._metrics.early.inc()
+            if limits.stale_grace_us and age_us > budget_us + limits.stale_grace_us:
+                raise Refused(
+                    Fault.DEADLINE_EXCEEDED, f"sent {age_us} us ago, which is past its budget of {budget_us} us"
+                )
+        key, admission = self._catalogue.find(model, version, bool(self.policy.executors))
+        rows = admission.rows(request)
+        self._tickets += 1
+        return Ticket(
+            self._tickets, key, rows.count, rows.nbytes, request.priority or DEFAULT_PRIORITY, now, now + budget_us,
+            Work(rows, caller),
+        )  # fmt: skip
+
+    def _refuse(self, caller: Caller, refused: Refused) -> None:
+        if refused.fault is Fault.DEADLINE_EXCEEDED:
+            self._metrics.requests.ended_badly(refused.fault.name)
+        else:
+            self._metrics.requests.refused(refused.fault.name)
+        self._answer_error(caller, refused.fault, refused.detail, refused.retry_after_us)
+
+    def _cancel(self, reply: str, slot: int) -> None:
+        ticket = self._open.pop((reply, slot), None)
+        if ticket is not None and ticket.state is not State.DONE:
+            self.policy.cancel(ticket)
+            self._metrics.requests.ended_badly(Fault.CANCELLED.name)
+
+    # Decisions
+
+    def _act(self, decisions: Iterable[Decision]) -> None:
+        for decision in decisions:
+            match decision:
+                case Dispatch():
+                    self._dispatch(decision)
+                case Drop():
+                    self._metrics.requests.ended_badly(decision.fault.name)
+                    caller = self._close(decision.ticket)
+                    self._answer_error(caller, decision.fault, decision.detail, decision.retry_after_us)
+                case Plead():
+                    with contextlib.suppress(Refused):  # asked again soon
+                        self._bus.send(subjects.executor(decision.executor), decision.demand)
+
+    def _dispatch(self, decision: Dispatch) -> None:
+        now = now_us()
+        for ticket in decision.tickets:
+            self._metrics.queue_wait.observe((now - ticket.arrived_us) / 1e6)
+        self._metrics.batch_rows.observe(decision.rows)
+        self._metrics.batch_fill.observe(decision.rows / self.policy.rules.max_rows)
+        if decision.again:
+            self._metrics.resent.inc()
+        try:
+            self._bus.send(subjects.executor(decision.executor), self._join(decision))
+        except Refused as refused:
+            log.warning("a batch was not sent (%s); it goes to another executor", refused.detail)
+
+    def _join(self, decision: Dispatch) -> Batch:
+        parts: list[Rows] = [ticket.payload.rows for ticket in decision.tickets]
+        lengths = b""
+        if any(rows.lengths is not None for rows in parts):
+            n_sparse = self._catalogue.spec(decision.model).n_sparse
+            lengths = b"".join(one_hot_lengths(rows, n_sparse) for rows in parts)
+        return Batch(
+            decision.batch,
+            self.name,
+            decision.slot,
+            decision.model.name,
+            decision.model.version,
+            self._catalogue.digest(decision.model),
+            decision.rows,
+            b"".join(rows.dense for rows in parts),
+            b"".join(rows.ids for rows in parts),
+            lengths,
+            decision.budget_us,
+            decision.demand,
+        )
+
+    # Answers
+
+    def _score(self, tickets: list[Ticket], result: Result) -> None:
+        """`tickets` in the order of the batch's rows; those that ended meanwhile are passed over."""
+        scores = memoryview(result.scores)
+        now = now_us()
+        starts = accumulate((ticket.rows for ticket in tickets), initial=0)
+        for ticket, start in zip(tickets, starts, strict=False):
+            if ticket.state is State.DONE:
+                continue
+            ticket.state = State.DONE
+            caller = self._close(ticket)
+            took_us = now - ticket.arrived_us
+            self._metrics.requests.answered(ticket.rows, took_us / 1e6)
+            self._stats.processing_time += took_us * 1_000
+            output = Tensor("scores", "FP32", (ticket.rows,), scores[4 * start : 4 * (start + ticket.rows)])
+            self._answer(caller, InferAnswer(caller.id, (output,), ticket.model.name, ticket.model.version))
+
+    def _close(self, ticket: Ticket) -> Caller:
+        caller: Caller = ticket.payload.caller
+        self._open.pop((caller.reply, caller.slot), None)
+        return caller
+
+    def _answer_error(self, caller: Caller, fault: Fault, detail: str, retry_after_us: int) -> None:
+        self._stats.num_errors += 1
+        self._stats.last_error = f"{fault.http}: {detail}"
+        self._answer(caller, InferAnswer(caller.id, fault=fault.name, detail=detail, retry_after_us=retry_after_us))
+
+    def _answer(self, caller: Caller, answer: InferAnswer) -> None:
+        if caller.slot >= 0:
+            self._answers[caller.reply].append((caller.slot, answer))
+            return
+        headers = None
+        if answer.fault:
+            headers = {"Nats-Service-Error": answer.detail.encode("ascii", "replace").decode(),
+                       "Nats-Service-Error-Code": str(Fault[answer.fault].http)}  # fmt: skip
+        try:
+            self._bus.publish(caller.reply, codec.encode_answer(answer, caller.spelling), headers=headers)
+        except Refused as refused:
+            log.info("an answer was not sent: %s", refused.detail)
+
+    def _send_answers(self) -> None:
+        """The answers of this turn to one asker, in one message."""
+        if not self._answers:
+            return
+        answers, self._answers = self._answers, defaultdict(list)
+        for reply, answered in answers.items():
+            slots, parts = zip(*answered, strict=True)
+            try:
+                self._bus.send(reply, Answers(self.name, slots, parts))
+            except Refused as refused:
+                log.info("%d answers were not sent: %s", len(slots), refused.detail)
+
+    # Liveness
+
+    def _beat(self, now: int) -> None:
+        self._beat_due_us = now + self._config.timing.beat_ms * 1_000
+        policy = self.policy
+        due = [at for queue in policy.queues.values() if queue.count and (at := queue.earliest_deadline()) is not None]
+        self._bus.broadcast(
+            subjects.BATCHER_BEAT,
+            BatcherBeat(
+                self.name,
+                self._catalogue.served(policy.executors.values()),
+                max((policy.backlog_us(key, now) for key in policy.queues), default=0),
+                policy.rows,
+                max(0, min(due, default=now) - now),
+                self._phase,
+            ),
+        )
+
+    @staticmethod
+    def _rules(config: Config, max_payload: int) -> Rules:
+        batch, timing = config.batch, config.timing
+        return Rules(
+            max_rows=batch.max_rows,
+            max_bytes=max_payload - BATCH_HEADER,
+            queue_rows=batch.queue_rows,
+            queue_bytes=batch.queue_bytes,
+            lease_us=timing.lease_ms * 1_000,
+            failover_floor_us=timing.failover_floor_ms * 1_000,
+            failover_factor=timing.failover_factor,
+            linger_us=batch.linger_us,
+            coalesce=config.mode != "worker",
+        )

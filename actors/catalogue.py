@@ -1,0 +1,136 @@
+"""Which models the executors offer, and the checks for each: learnt from heartbeats and asked for once."""
+
+import asyncio
+import logging
+import re
+from collections.abc import Callable, Iterable
+from typing import Protocol
+
+import msgspec
+from msgspec import Struct
+from nats.aio.msg import Msg
+
+from narsil_stream.actors.queue import ModelKey
+from narsil_stream.core.admission import Admission
+from narsil_stream.core.bus import Bus
+from narsil_stream.schemas import subjects
+from narsil_stream.schemas.errors import Fault, Refused
+from narsil_stream.schemas.internal import ExecutorBeat, ModelCard, ModelRef
+from narsil_stream.schemas.model import ModelSpec
+
+log = logging.getLogger(__name__)
+
+_decode_cards = msgspec.json.Decoder(list[ModelCard]).decode
+
+
+class Described(Struct, frozen=True):
+    """What an executor said of its models."""
+
+    cards: list[ModelCard]
+
+
+class Serving(Protocol):
+    """The policy's view of an executor."""
+
+    up: bool
+    models: frozenset[ModelKey]
+
+
+class Entry(Struct, frozen=True):
+    card: ModelCard
+    admission: Admission
+
+
+def newest_first(key: ModelKey) -> tuple[int, int, str]:
+    """Sorts versions: numbers by value and above words."""
+    return (1, int(key.version), "") if re.fullmatch(r"\d{1,18}", key.version) else (0, 0, key.version)
+
+
+class Catalogue:
+    """Executors that call different weights by one name and version are not mixed: the first known one counts."""
+
+    def __init__(self, bus: Bus, tell: Callable[[Described], None]) -> None:
+        self._bus = bus
+        self._tell = tell
+        self._cards: dict[str, ModelCard] = {}
+        self._offered: dict[str, tuple[ModelRef, ...]] = {}
+        self._entries: dict[ModelKey, Entry] = {}
+        self._default: dict[str, ModelKey] = {}
+        self._asking: dict[str, asyncio.Task[None]] = {}
+
+    def known_only(self, beat: ExecutorBeat) -> ExecutorBeat:
+        """The beat with those models alone that can be served; unknown ones are asked for."""
+        if beat.state == "gone":
+            self._offered.pop(beat.executor, None)
+            return beat
+        self._offered[beat.executor] = beat.models
+        if any(ref.digest not in self._cards for ref in beat.models):
+            self._ask(beat.executor)
+        known = tuple(ref for ref in beat.models if self._fits(ref))
+        return beat if len(known) == len(beat.models) else msgspec.structs.replace(beat, models=known)
+
+    def add(self, described: Described) -> None:
+        for card in described.cards:
+            self._cards[card.digest] = card
+
+    def find(self, model: str, version: str, any_executor: bool) -> tuple[ModelKey, Admission]:
+        """The newest version unless one is named. Raises `Refused` NOT_FOUND or UNAVAILABLE."""
+        key = ModelKey(model, version) if version else self._default.get(model)
+        entry = self._entries.get(key) if key is not None else None
+        if key is not None and entry is not None:
+            return key, entry.admission
+        if not any_executor or self._asking:
+            raise Refused(Fault.UNAVAILABLE, "no executor is alive", 500_000)
+        served = ", ".join(f"'{k.name}' version {k.version}" for k in sorted(self._entries)) or "none"
+        wanted = f"'{model}'" + (f" version '{version}'" if version else "")
+        raise Refused(Fault.NOT_FOUND, f"model {wanted} is not served here; served: {served}")
+
+    def spec(self, key: ModelKey) -> ModelSpec:
+        return self._entries[key].card.spec
+
+    def digest(self, key: ModelKey) -> str:
+        return self._entries[key].card.digest
+
+    def served(self, executors: Iterable[Serving]) -> tuple[ModelRef, ...]:
+        """What some live executor serves now."""
+        keys = {key for executor in executors if executor.up for key in executor.models}
+        return tuple(ModelRef(k.name, k.version, self.digest(k)) for k in sorted(keys) if k in self._entries)
+
+    def on_describe(self, message: Msg) -> None:
+        """Gateways and clients ask the batcher what the executors told it."""
+        if message.reply:
+            cards = [entry.card for entry in self._entries.values()]
+            self._bus.publish(message.reply, msgspec.json.encode(cards))
+
+    def stop(self) -> None:
+        for task in self._asking.values():
+            task.cancel()
+
+    def _fits(self, ref: ModelRef) -> bool:
+        """Whether this is the model that goes by its name and version here."""
+        card = self._cards.get(ref.digest)
+        if card is None:
+            return False
+        key = ModelKey(ref.name, ref.version)
+        entry = self._entries.get(key)
+        if entry is None or (entry.card.digest != ref.digest and not self._offers(entry.card.digest)):
+            entry = self._entries[key] = Entry(card, Admission(card.spec))
+            versions = [k for k in self._entries if k.name == ref.name]
+            self._default[ref.name] = max(versions, key=newest_first)
+            log.info("serving model %s version %s", ref.name, ref.version)
+        return entry.card.digest == ref.digest
+
+    def _offers(self, digest: str) -> bool:
+        return any(ref.digest == digest for refs in self._offered.values() for ref in refs)
+
+    def _ask(self, executor: str) -> None:
+        if executor not in self._asking:
+            self._asking[executor] = asyncio.create_task(self._describe(executor), name=f"describe {executor}")
+
+    async def _describe(self, executor: str) -> None:
+        try:
+            self._tell(Described(_decode_cards(await self._bus.request(subjects.describe(executor)))))
+        except (Refused, msgspec.MsgspecError) as error:
+            log.warning("%s did not describe its models: %s", executor, error)
+        finally:
+            del self._asking[executor]

@@ -1,0 +1,290 @@
+"""The executor: takes whole batches, computes them off the event loop, gives back one message each."""
+
+import asyncio
+import hashlib
+import logging
+import time
+from collections.abc import Callable, Mapping
+from concurrent.futures import Future, ThreadPoolExecutor
+from pathlib import Path
+
+import msgspec
+import numpy as np
+from msgspec import Struct
+from nats.aio.msg import Msg
+from nats.micro.service import EndpointStats
+from prometheus_client import Counter, Histogram
+
+from narsil_stream.actors.leasing import Ledger
+from narsil_stream.actors.queue import ModelKey
+from narsil_stream.core.actor import Actor, now_us
+from narsil_stream.core.bus import Bus
+from narsil_stream.core.config import Config
+from narsil_stream.core.telemetry import ROWS, SECONDS, gauges
+from narsil_stream.kernels.backend import Backend, RaggedBatch
+from narsil_stream.schemas import subjects
+from narsil_stream.schemas.errors import Fault, Refused
+from narsil_stream.schemas.internal import (
+    Batch,
+    BatcherBeat,
+    Demand,
+    ExecutorBeat,
+    Grant,
+    ModelCard,
+    ModelRef,
+    Result,
+    ToExecutor,
+)
+
+log = logging.getLogger(__name__)
+
+MAILBOX = 4_096
+
+_decode = msgspec.msgpack.Decoder(ToExecutor).decode
+_decode_beat = msgspec.msgpack.Decoder(BatcherBeat).decode
+
+
+class Hello(Struct, frozen=True):
+    """Somebody new wants to know who is here."""
+
+
+class Computed(Struct, frozen=True):
+    batch: Batch
+    result: Result
+
+
+class Loaded(Struct, frozen=True):
+    """A model that this executor serves."""
+
+    ref: ModelRef
+    card: ModelCard
+    backend: Backend
+
+
+def digest(artifact: Path) -> str:
+    return hashlib.sha256((artifact / "model.json").read_bytes()).hexdigest()[:16]
+
+
+def load(artifact: Path, loader: Callable[[Path], Backend]) -> Loaded:
+    """Load an artifact with a family's loader. Raises `ArtifactError`."""
+    backend = loader(artifact)
+    spec, info = backend.spec, backend.info
+    of = digest(artifact)
+    card = ModelCard(of, spec, info.name, info.device, info.precision)
+    return Loaded(ModelRef(spec.name, spec.version, of), card, backend)
+
+
+Message = Batch | Demand | BatcherBeat | Computed | Hello
+
+
+class Executor(Actor[Message]):
+    """`load_models` runs at start, off the event loop: it reads and checks weights."""
+
+    kind = "executor"
+
+    def __init__(self, config: Config, bus: Bus, load_models: Callable[[], list[Loaded]]) -> None:
+        super().__init__(MAILBOX)
+        self._config = config
+        self._bus = bus
+        self._load_models = load_models
+        self._models: Mapping[ModelKey, Loaded] = {}
+        self._ledger = Ledger(self.name, 1, config.timing.lease_ms * 1_000)
+        self._threads = ThreadPoolExecutor(1, thread_name_prefix=self.name)
+        self._beat_due_us = 0
+        self._phase = "up"
+        self._idle = asyncio.Event()
+        self._stats = EndpointStats("run", subjects.executor(self.name), "", 0, 0, 0, 0)
+        registry = self.registry
+        self._batches = Counter("narsil_batches", "Batches by how they ended", ["outcome"], registry=registry)
+        self._rows = Counter("narsil_rows", "Rows computed", registry=registry)
+        self._batch_rows = Histogram("narsil_batch_rows", "Rows in a batch", buckets=ROWS, registry=registry)
+        self._seconds = Histogram(
+            "narsil_compute_seconds", "One forward pass, copies included", buckets=SECONDS, registry=registry
+        )
+        gauges(
+            registry,
+            narsil_slots=("Slots in total", lambda: len(self._ledger.places)),
+            narsil_slots_busy=("Slots with a batch", lambda: self._ledger.busy()),
+            narsil_batchers_alive=("Batchers heard of", lambda: len(self._ledger.batchers)),
+        )
+
+    # Life
+
+    async def start(self) -> None:
+        loaded = await asyncio.get_running_loop().run_in_executor(self._threads, self._load)
+        self._models = {ModelKey(model.ref.name, model.ref.version): model for model in loaded}
+        lanes = min(model.backend.info.lanes for model in loaded)
+        slots = self._config.executor.slots or lanes + 1
+        self._ledger = Ledger(self.name, slots, self._config.timing.lease_ms * 1_000)
+        await self._bus.listen(subjects.executor(self.name), self._take, _decode)
+        await self._bus.listen(subjects.BATCHER_BEAT, self.mailbox.put_urgent, _decode_beat)
+        await self._bus.subscribe(subjects.HELLO, lambda _: self.mailbox.put_urgent(Hello()))
+        await self._bus.subscribe(subjects.describe(self.name), self._on_describe)
+        await self._bus.flush()
+        self._bus.publish(subjects.HELLO, b"")
+
+    def _load(self) -> list[Loaded]:
+        models = self._load_models()
+        for model in models:
+            model.backend.warm_up(self._config.batch.max_rows)
+        return models
+
+    async def drain(self) -> None:
+        """Void all leases, so that batches under way to here are turned away and go elsewhere; finish what is here."""
+        self._phase, self._beat_due_us = "leaving", 0
+        self._ledger.close()
+        self._idle.clear()
+        self.mailbox.put_urgent(Hello())
+        await self._idle.wait()
+
+    async def stop(self) -> None:
+        self._phase = "gone"
+        self._beat(now_us())
+        for subject in (subjects.executor(self.name), subjects.BATCHER_BEAT, subjects.HELLO,
+                        subjects.describe(self.name)):  # fmt: skip
+            await self._bus.unsubscribe(subject)
+        await asyncio.get_running_loop().run_in_executor(None, self._unload)
+
+    def _unload(self) -> None:
+        self._threads.shutdown(wait=True, cancel_futures=True)
+        for model in self._models.values():
+            model.backend.unload()
+
+    def endpoints(self) -> list[EndpointStats]:
+        return [self._stats]
+
+    def detail(self) -> str:
+        cards = [(model.ref, model.card) for model in self._models.values()]
+        return ", ".join(f"{r.name} {r.version} on {c.device} ({c.backend}, {c.precision})" for r, c in cards)
+
+    # Messages in
+
+    def _take(self, message: ToExecutor) -> None:
+        if not self.mailbox.put(message) and isinstance(message, Batch):
+            self._turn_away(message)
+
+    def receive(self, message: Message) -> None:
+        match message:
+            case Batch():
+                self._accept(message)
+            case Computed():
+                self._finish(message)
+            case Demand():
+                self._ledger.demand(message, now_us())
+            case BatcherBeat():
+                self._ledger.beat(message, now_us())
+            case Hello():
+                self._beat_due_us = 0
+
+    def turn(self) -> int | None:
+        now = now_us()
+        self._ledger.expire(now)
+        for grant, batcher in self._grants():
+            self._tell(batcher, grant)
+        if now >= self._beat_due_us:
+            self._beat(now)
+        if not self._ledger.busy():
+            self._idle.set()
+        return self._beat_due_us
+
+    # Batches
+
+    def _accept(self, batch: Batch) -> None:
+        model = self._models.get(ModelKey(batch.model, batch.version))
+        if not self._ledger.accept(batch, now_us()):
+            self._turn_away(batch)
+            return
+        self._stats.num_requests += 1
+        if model is None or model.ref.digest != batch.digest:
+            self._ledger.finish(batch.slot)
+            self._turn_away(batch)
+            return
+        deadline_us = now_us() + batch.budget_us
+        future = self._threads.submit(self._compute, model.backend, batch, deadline_us)
+        loop = asyncio.get_running_loop()
+
+        def hand_over(done: Future[Result]) -> None:
+            if not done.cancelled():
+                loop.call_soon_threadsafe(self.mailbox.put_urgent, Computed(batch, done.result()))
+
+        future.add_done_callback(hand_over)
+
+    def _compute(self, backend: Backend, batch: Batch, deadline_us: int) -> Result:
+        """In the compute thread. Never raises."""
+        if now_us() >= deadline_us:
+            detail = "the budget ran out before the batch was computed"
+            return Result(batch.batch, self.name, b"", 0, Fault.DEADLINE_EXCEEDED.name, detail)
+        started = time.perf_counter_ns()
+        try:
+            scores = np.empty(batch.rows, np.float32)
+            backend.run(ragged(batch, backend), scores)
+            if not np.isfinite(scores).all():
+                raise FloatingPointError("the model gave a score that is not a number")
+        except Exception:
+            log.exception("a batch of %d rows failed", batch.rows)
+            return Result(batch.batch, self.name, b"", 0, Fault.INTERNAL.name, "the forward pass failed")
+        service_us = max(1, (time.perf_counter_ns() - started) // 1_000)
+        return Result(batch.batch, self.name, scores.view(np.uint8).data, service_us)
+
+    def _finish(self, computed: Computed) -> None:
+        batch, result = computed.batch, computed.result
+        self._ledger.finish(batch.slot)
+        self._batches.labels("failed" if result.fault else "computed").inc()
+        if result.fault:
+            self._stats.num_errors += 1
+        else:
+            self._rows.inc(batch.rows)
+            self._batch_rows.observe(batch.rows)
+            self._seconds.observe(result.service_us / 1e6)
+            self._stats.processing_time += result.service_us * 1_000
+        kept = None
+        for grant, batcher in self._grants():
+            if batcher == batch.batcher and kept is None:
+                kept = grant.slot
+            else:
+                self._tell(batcher, grant)
+        self._tell(batch.batcher, msgspec.structs.replace(result, grant=kept))
+
+    def _turn_away(self, batch: Batch) -> None:
+        self._batches.labels("turned away").inc()
+        self._tell(batch.batcher, Result(batch.batch, self.name, b"", 0))
+
+    # Messages out
+
+    def _grants(self) -> list[tuple[Grant, str]]:
+        return [(grant, self._ledger.holder(grant.slot)) for grant in self._ledger.assign()]
+
+    def _tell(self, batcher: str, message: Result | Grant) -> None:
+        try:
+            self._bus.send(subjects.batcher(batcher), message)
+        except Refused as refused:
+            log.warning("a message to %s was not sent: %s", batcher, refused.detail)
+
+    def _on_describe(self, message: Msg) -> None:
+        if message.reply:
+            self._bus.publish(message.reply, msgspec.json.encode([model.card for model in self._models.values()]))
+
+    def _beat(self, now: int) -> None:
+        self._beat_due_us = now + self._config.timing.beat_ms * 1_000
+        self._bus.broadcast(
+            subjects.EXECUTOR_BEAT,
+            ExecutorBeat(
+                self.name,
+                tuple(model.ref for model in self._models.values()),
+                len(self._ledger.places),
+                self._ledger.leases(),
+                self._phase,
+            ),
+        )
+
+
+def ragged(batch: Batch, backend: Backend) -> RaggedBatch:
+    """Views of the message's bytes. Raises ValueError when they do not fit the model."""
+    spec = backend.spec
+    dense = np.frombuffer(batch.dense, np.float32).reshape(batch.rows, spec.n_dense)
+    ids = np.frombuffer(batch.ids, np.int32)
+    if len(batch.lengths):
+        return RaggedBatch(dense, ids, np.frombuffer(batch.lengths, np.int32).reshape(batch.rows, spec.n_sparse))
+    if len(ids) != batch.rows * spec.n_sparse:
+        raise ValueError(f"{len(ids)} ids for {batch.rows} rows of {spec.n_sparse} tables")
+    return RaggedBatch(dense, ids)

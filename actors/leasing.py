@@ -1,0 +1,147 @@
+"""Who may send a batch to an executor: its fixed number of slots, leased to batchers. Pure; times in µs.
+
+More batchers never mean more slots. A slot changes hands under a new generation, so whoever still holds the old one
+sends a batch that is turned away and sent again; no message has to arrive for that to be safe.
+"""
+
+from dataclasses import dataclass
+
+from narsil_stream.schemas.internal import Batch, BatcherBeat, Demand, Grant, Lease, Slot
+
+
+@dataclass(slots=True)
+class Place:
+    """One slot. `last` had it before and keeps it while nobody asks for it."""
+
+    index: int
+    generation: int = 0
+    holder: str = ""
+    last: str = ""
+    busy: bool = False
+
+    @property
+    def slot(self) -> Slot:
+        return Slot(self.index, self.generation)
+
+
+@dataclass(slots=True)
+class Batcher:
+    seen_us: int
+    rows: int = 0
+    due_us: int = 0
+    """Earliest deadline of what waits there; of no meaning while `rows` is 0."""
+
+
+class Ledger:
+    """The slots of one executor."""
+
+    def __init__(self, executor: str, slots: int, lease_us: int) -> None:
+        self.executor = executor
+        self.lease_us = lease_us
+        self.places = [Place(index) for index in range(slots)]
+        self.batchers: dict[str, Batcher] = {}
+        self.open = True
+
+    def beat(self, beat: BatcherBeat, now_us: int) -> None:
+        if beat.state == "gone":
+            self._lose(beat.batcher)
+            return
+        known = self.batchers.setdefault(beat.batcher, Batcher(now_us))
+        known.seen_us = now_us
+        known.rows, known.due_us = beat.demand_rows, now_us + beat.slack_us
+
+    def demand(self, demand: Demand, now_us: int) -> None:
+        known = self.batchers.setdefault(demand.batcher, Batcher(now_us))
+        known.seen_us = now_us
+        known.rows, known.due_us = demand.rows, now_us + demand.slack_us
+        for slot in demand.returned:
+            place = self._place(slot, demand.batcher)
+            if place is not None:
+                self._free(place)
+
+    def accept(self, batch: Batch, now_us: int) -> bool:
+        """Whether the batch comes with a valid slot; the slot is then busy until `finish`."""
+        self.demand(batch.demand, now_us)
+        place = self._place(batch.slot, batch.batcher)
+        if place is None or not self.open:
+            return False
+        place.busy = True
+        return True
+
+    def finish(self, slot: Slot) -> None:
+        """The batch of this slot is computed."""
+        place = self.places[slot.index]
+        place.busy = False
+        self._free(place)
+
+    def expire(self, now_us: int) -> None:
+        """Take back the slots of batchers that were not heard of for a lease."""
+        for name in [n for n, b in self.batchers.items() if b.seen_us + self.lease_us <= now_us]:
+            self._lose(name)
+
+    def close(self) -> None:
+        """Take back what is not in use and lease nothing more."""
+        self.open = False
+        for place in self.places:
+            if not place.busy:
+                self._free(place)
+
+    def assign(self) -> list[Grant]:
+        """Lease what is free: to who asks, earliest deadline first, then to who had it, then evenly."""
+        if not self.open or not self.batchers:
+            return []
+        granted = [self._lease(place, name) for place, name in self._asked()]
+        granted.extend(  # lazily: each lease counts for the next one's choice
+            self._lease(place, place.last if place.last in self.batchers else self._fewest())
+            for place in self.places
+            if not place.holder and not place.busy
+        )
+        return [Grant(self.executor, place.slot) for place in granted]
+
+    def leases(self) -> tuple[Lease, ...]:
+        return tuple(Lease(p.holder, p.slot, p.busy) for p in self.places if p.holder)
+
+    def busy(self) -> int:
+        return sum(place.busy for place in self.places)
+
+    def holder(self, slot: Slot) -> str:
+        return self.places[slot.index].holder
+
+    def _asked(self) -> list[tuple[Place, str]]:
+        """Free slots, or idle ones of batchers with nothing to do, for those who wait without a slot in hand."""
+        idle = [place for place in self.places if not place.busy]
+        in_hand = {place.holder for place in idle}
+        asking = [(b.due_us, name) for name, b in self.batchers.items() if b.rows and name not in in_hand]
+        spare = [p for p in idle if not p.holder]
+        spare += [p for p in idle if p.holder and not self.batchers[p.holder].rows]
+        return [(place, name) for place, (_, name) in zip(spare, sorted(asking), strict=False)]
+
+    def _lease(self, place: Place, name: str) -> Place:
+        if place.holder:
+            place.generation += 1
+        place.holder = place.last = name
+        return place
+
+    def _fewest(self) -> str:
+        held = dict.fromkeys(self.batchers, 0)
+        for place in self.places:
+            if place.holder in held:
+                held[place.holder] += 1
+        return min(held, key=lambda name: (held[name], name))
+
+    def _place(self, slot: Slot, batcher: str) -> Place | None:
+        if not 0 <= slot.index < len(self.places):
+            return None
+        place = self.places[slot.index]
+        valid = place.generation == slot.generation and place.holder == batcher and not place.busy
+        return place if valid else None
+
+    def _free(self, place: Place) -> None:
+        place.generation += 1
+        place.holder = ""
+
+    def _lose(self, name: str) -> None:
+        self.batchers.pop(name, None)
+        for place in self.places:
+            if place.holder == name and not place.busy:
+                self._free(place)

@@ -1,0 +1,122 @@
+"""What an actor is: a bounded mailbox, a loop that owns the state, and an end."""
+
+import asyncio
+import secrets
+import time
+from abc import ABC, abstractmethod
+from collections import deque
+from collections.abc import Sequence
+from typing import ClassVar, Generic, TypeVar
+
+from nats.micro.service import EndpointStats
+from prometheus_client import CollectorRegistry
+
+M = TypeVar("M")
+
+
+def now_us() -> int:
+    """Monotonic µs: the clock of all policies in this process."""
+    return time.monotonic_ns() // 1_000
+
+
+def unix_us() -> int:
+    """Wall-clock µs, only ever compared with a sender's."""
+    return time.time_ns() // 1_000
+
+
+def new_id(kind: str) -> str:
+    """A name that no other actor has or ever had, also after a restart."""
+    return f"{kind}-{secrets.token_hex(4)}"
+
+
+class Mailbox(Generic[M]):
+    """Messages that wait for an actor. Many senders, one taker, one event loop."""
+
+    def __init__(self, capacity: int) -> None:
+        self._capacity = capacity
+        self._waiting: deque[M] = deque()
+        self._filled = asyncio.Event()
+        self._timer: asyncio.TimerHandle | None = None
+        self.peak = 0
+
+    def __len__(self) -> int:
+        return len(self._waiting)
+
+    def put(self, message: M) -> bool:
+        """False when the mailbox is full: the sender has to refuse the work."""
+        if len(self._waiting) >= self._capacity:
+            return False
+        self.put_urgent(message)
+        return True
+
+    def put_urgent(self, message: M) -> None:
+        """For messages whose number the protocol itself bounds (results, beats, timers): never refused."""
+        self._waiting.append(message)
+        self._filled.set()
+
+    def wake_at(self, when_us: int | None) -> None:
+        """Let `take` return at this time even without a message. None: only for messages."""
+        if self._timer is not None:
+            self._timer.cancel()
+            self._timer = None
+        if when_us is not None:
+            delay = max(0, when_us - now_us()) / 1e6
+            self._timer = asyncio.get_running_loop().call_later(delay, self._filled.set)
+
+    async def take(self) -> Sequence[M]:
+        """All that wait, once there is one or the time has come."""
+        await self._filled.wait()
+        self._filled.clear()
+        self.peak = max(self.peak, len(self._waiting))
+        taken, self._waiting = self._waiting, deque()
+        return taken
+
+
+class Actor(ABC, Generic[M]):
+    """State belongs to one loop, `run`; others only put messages into the mailbox. Hooks in the order of a life:
+
+    start: subscribe, load, warm up; ready when it returns.
+    receive: one message; then `turn` once for all messages of that turn of the event loop.
+    drain: stop taking work and wait until what was accepted is answered; the loop goes on meanwhile.
+    stop: answer what is left, free what is held.
+    """
+
+    kind: ClassVar[str]
+
+    def __init__(self, capacity: int, name: str = "") -> None:
+        self.name = name or new_id(self.kind)
+        self.mailbox: Mailbox[M] = Mailbox(capacity)
+        self.registry = CollectorRegistry()
+        self.state = "starting"
+
+    async def start(self) -> None:
+        """Raises when the actor cannot work; the runtime tries again later."""
+
+    @abstractmethod
+    def receive(self, message: M) -> None: ...
+
+    def turn(self) -> int | None:
+        """Act on what the messages changed. Returns when to be called again at the latest, monotonic µs."""
+        return None
+
+    async def drain(self) -> None:
+        """Returns when nothing accepted is left unanswered. The runtime bounds the time."""
+
+    async def stop(self) -> None:
+        """Called once, whatever happened before, also after a crash."""
+
+    def endpoints(self) -> list[EndpointStats]:
+        """For NATS's service API."""
+        return []
+
+    def detail(self) -> str:
+        """One line for people on what it is doing."""
+        return ""
+
+    async def run(self) -> None:
+        """The one task of this actor, after `start`."""
+        self.mailbox.wake_at(self.turn())
+        while True:
+            for message in await self.mailbox.take():
+                self.receive(message)
+            self.mailbox.wake_at(self.turn())

@@ -1,0 +1,259 @@
+"""The one road between actors: a NATS connection, and a direct hand-over where both ends live in one process.
+
+Nothing here waits for a caller. `send` either takes a message or raises `Refused`; taken means queued in order on a
+live connection, never delivered: only an answer says that.
+"""
+
+import asyncio
+import logging
+import ssl
+from collections import deque
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import msgspec
+import nats
+from msgspec import Struct
+from nats.aio.client import Client as NatsClient
+from nats.aio.msg import Msg
+from nats.aio.subscription import Subscription
+
+from narsil_stream.core.config import NatsConfig
+from narsil_stream.schemas.errors import Fault, Refused
+
+log = logging.getLogger(__name__)
+
+OUTBOX_BYTES = 64 << 20
+"""Bytes that may wait for the socket; more is refused. Below the server's own limit for a slow connection."""
+HEADER_ROOM = 512
+"""Of max_payload: the server counts headers too, and cuts the connection of who exceeds it."""
+PROTOCOL_ERRORS = (OSError, nats.errors.Error, asyncio.TimeoutError)
+
+_encode = msgspec.msgpack.Encoder().encode
+
+
+class Bus:
+    """One per process. Handlers are plain functions: they take a message and return at once."""
+
+    def __init__(self, config: NatsConfig, name: str) -> None:
+        self._config = config
+        self._name = name
+        self._nats = NatsClient()
+        self._local: dict[str, Callable[[Any], None]] = {}
+        self._subscriptions: dict[str, Subscription] = {}
+        self._outbox: deque[tuple[str, bytes, str, dict[str, str] | None]] = deque()
+        self._outbox_bytes = 0
+        self._filled = asyncio.Event()
+        self._sender: asyncio.Task[None] | None = None
+        self.on_lost: list[Callable[[], None]] = []
+        """Called when the connection breaks: what is under way over it may be lost."""
+        self.on_back: list[Callable[[], None]] = []
+        self.closed = asyncio.Event()
+        """Set when the client gave up for good, e.g. for refused credentials."""
+        self.dropped = 0
+        """Messages that came faster than they were taken (slow consumer), or that could not be sent any more."""
+
+    async def connect(self, timeout: float = 10.0) -> None:
+        """Connect, trying for `timeout` seconds. Raises `Refused(UNAVAILABLE)` with the reason."""
+        try:
+            await asyncio.wait_for(self._nats.connect(**self._options()), timeout)
+        except PROTOCOL_ERRORS as error:
+            reason = str(self._nats.last_error or error) or type(error).__name__
+            raise Refused(Fault.UNAVAILABLE, f"no NATS server at {self.where}: {reason}") from None
+        self._sender = asyncio.create_task(self._send_all(), name="bus sender")
+
+    @property
+    def where(self) -> str:
+        return self._config.url or f"nats://{self._config.host}:{self._config.port}"
+
+    @property
+    def connected(self) -> bool:
+        return bool(self._nats.is_connected)
+
+    @property
+    def max_payload(self) -> int:
+        """Bytes that one message may hold, headers not counted."""
+        return int(self._nats.max_payload) - HEADER_ROOM
+
+    def is_local(self, subject: str) -> bool:
+        return subject in self._local
+
+    def send(self, subject: str, message: Struct) -> None:
+        """To the one who listens on `subject`: by reference in this process, else encoded."""
+        handler = self._local.get(subject)
+        if handler is not None:
+            handler(message)
+        else:
+            self.publish(subject, _encode(message))
+
+    def broadcast(self, subject: str, message: Struct) -> None:
+        """To all who listen, here and elsewhere. Not sent while disconnected: the next one will be."""
+        handler = self._local.get(subject)
+        if handler is not None:
+            handler(message)
+        if self.connected:
+            self.publish(subject, _encode(message))
+
+    def publish(self, subject: str, payload: bytes, reply: str = "", headers: dict[str, str] | None = None) -> None:
+        """Queue raw bytes. Raises `Refused`: UNAVAILABLE when disconnected, TOO_LARGE, OVERLOADED."""
+        if not self.connected:
+            raise Refused(Fault.UNAVAILABLE, "the broker is not connected", 1_000_000)
+        if len(payload) > self.max_payload:
+            raise Refused(
+                Fault.TOO_LARGE, f"a message of {len(payload)} bytes; the broker takes at most {self.max_payload}"
+            )
+        if self._outbox_bytes + len(payload) > OUTBOX_BYTES:
+            raise Refused(Fault.OVERLOADED, "the connection to the broker is saturated", 100_000)
+        self._outbox.append((subject, payload, reply, headers))
+        self._outbox_bytes += len(payload)
+        self._filled.set()
+
+    async def listen(
+        self,
+        subject: str,
+        handler: Callable[[Any], None],
+        decode: Callable[[bytes], Any],
+    ) -> None:
+        """Decoded messages of a subject that is spoken between actors. Undecodable ones are dropped and counted."""
+
+        def on_message(message: Msg) -> None:
+            try:
+                decoded = decode(message.data)
+            except (msgspec.MsgspecError, UnicodeDecodeError) as error:
+                self.dropped += 1
+                log.warning("dropped an undecodable message on %s: %s", subject, error)
+                return
+            handler(decoded)
+
+        self._local[subject] = handler
+        await self.subscribe(subject, on_message)
+
+    async def subscribe(self, subject: str, handler: Callable[[Msg], None], queue: str = "") -> None:
+        """Raw messages of a subject, wildcards allowed."""
+
+        async def on_message(message: Msg) -> None:
+            handler(message)
+
+        self._subscriptions[subject] = await self._nats.subscribe(
+            subject, queue=queue, cb=on_message, pending_msgs_limit=65_536, pending_bytes_limit=256 << 20
+        )
+
+    async def unsubscribe(self, subject: str) -> None:
+        """Stop taking; what the server has already sent is still handled before this returns."""
+        self._local.pop(subject, None)
+        subscription = self._subscriptions.pop(subject, None)
+        if subscription is None:
+            return
+        try:
+            await asyncio.wait_for(subscription.drain(), 1.0)
+        except PROTOCOL_ERRORS:
+            log.info("left %s without a goodbye: the broker does not answer", subject)
+
+    async def request(self, subject: str, payload: bytes = b"", timeout: float = 1.0) -> bytes:
+        """One question, one answer. Raises `Refused(UNAVAILABLE)`."""
+        if not self.connected:
+            raise Refused(Fault.UNAVAILABLE, "the broker is not connected", 1_000_000)
+        try:
+            return bytes((await self._nats.request(subject, payload, timeout=timeout)).data)
+        except PROTOCOL_ERRORS:
+            raise Refused(Fault.UNAVAILABLE, f"no answer on {subject}", 100_000) from None
+
+    async def flush(self, timeout: float = 2.0) -> None:
+        """Return when the server has taken all that was sent, or after `timeout` seconds."""
+        try:
+            async with asyncio.timeout(timeout):
+                while self._outbox and self.connected:  # noqa: ASYNC110 the sender needs a turn, not a signal
+                    await asyncio.sleep(0)
+                if self.connected:
+                    await self._nats.flush(max(1, round(timeout)))
+        except PROTOCOL_ERRORS:
+            log.info("the broker did not confirm the last messages")
+
+    async def close(self) -> None:
+        if self._sender is not None:
+            self._sender.cancel()
+            await asyncio.gather(self._sender, return_exceptions=True)
+        self._outbox.clear()
+        await self._nats.close()
+
+    async def _send_all(self) -> None:
+        """The only one who publishes: in order, and nothing into a broken connection's buffer."""
+        while True:
+            await self._filled.wait()
+            self._filled.clear()
+            while self._outbox:
+                subject, payload, reply, headers = self._outbox.popleft()
+                self._outbox_bytes -= len(payload)
+                if not self.connected:
+                    self.dropped += 1
+                    continue
+                try:
+                    await self._nats.publish(subject, payload, reply, headers)
+                except PROTOCOL_ERRORS as error:
+                    self.dropped += 1
+                    log.warning("a message to %s was not sent: %s", subject, error)
+
+    def _options(self) -> dict[str, Any]:
+        config = self._config
+        options: dict[str, Any] = {
+            "servers": [url.strip() for url in self.where.split(",")],
+            "name": self._name,
+            "no_echo": True,
+            "allow_reconnect": True,
+            "max_reconnect_attempts": -1,
+            "reconnect_time_wait": 0.2,
+            "connect_timeout": 2,
+            "ping_interval": 2,
+            "max_outstanding_pings": 2,
+            "pending_size": 8 << 20,
+            "flush_timeout": 5.0,
+            "error_cb": self._on_error,
+            "disconnected_cb": self._on_disconnected,
+            "reconnected_cb": self._on_reconnected,
+            "closed_cb": self._on_closed,
+            "lame_duck_mode_cb": self._on_lame_duck,
+        }
+        given = {
+            "user": config.user,
+            "password": config.password,
+            "token": config.token,
+            "nkeys_seed": config.nkey_seed_file,
+            "user_credentials": config.creds_file,
+            "tls": self._tls(),
+        }
+        return options | {key: value for key, value in given.items() if value}
+
+    def _tls(self) -> ssl.SSLContext | None:
+        config = self._config
+        if not (config.tls_ca or config.tls_cert):
+            return None
+        context = ssl.create_default_context(cafile=str(Path(config.tls_ca)) if config.tls_ca else None)
+        if config.tls_cert:
+            context.load_cert_chain(config.tls_cert, config.tls_key or None)
+        return context
+
+    async def _on_error(self, error: Exception) -> None:
+        if isinstance(error, nats.errors.SlowConsumerError):
+            self.dropped += 1
+        else:
+            log.info("NATS: %s", error or type(error).__name__)
+
+    async def _on_disconnected(self) -> None:
+        self._outbox.clear()
+        self._outbox_bytes = 0
+        log.warning("lost the broker at %s", self.where)
+        for callback in self.on_lost:
+            callback()
+
+    async def _on_reconnected(self) -> None:
+        log.info("back at the broker at %s", self.where)
+        for callback in self.on_back:
+            callback()
+
+    async def _on_closed(self) -> None:
+        self.closed.set()
+
+    async def _on_lame_duck(self) -> None:
+        log.info("the broker is going away: moving to another server")
+        await self._nats.force_reconnect()

@@ -1,0 +1,209 @@
+"""One process of actors: connection, supervision, signals, and the order in which all of it ends."""
+
+import asyncio
+import contextlib
+import logging
+import os
+import random
+import signal
+import sys
+from collections import deque
+from collections.abc import Awaitable, Callable
+from typing import Any, Self
+
+from narsil_stream.core.actor import Actor
+from narsil_stream.core.bus import Bus
+from narsil_stream.core.config import Config
+from narsil_stream.core.service import ServiceApi
+from narsil_stream.core.telemetry import Telemetry, gauges, settle_gc, text
+from narsil_stream.schemas import subjects
+from narsil_stream.schemas.errors import Refused
+from narsil_stream.schemas.internal import Report
+
+log = logging.getLogger(__name__)
+
+REPORT_EVERY = 1.0
+BACKOFF = (0.1, 5.0)
+GIVE_UP = (5, 60.0)
+"""An actor that failed this often within this many seconds is given up, and its process with it."""
+
+
+class Backoff:
+    """Delays between restarts, growing and jittered; and when to give up."""
+
+    def __init__(self) -> None:
+        self._failures: deque[float] = deque(maxlen=GIVE_UP[0])
+
+    def failed(self, now: float) -> float | None:
+        """Seconds to wait before the next try; None: give up."""
+        self._failures.append(now)
+        if len(self._failures) == GIVE_UP[0] and now - self._failures[0] < GIVE_UP[1]:
+            return None
+        return float(min(BACKOFF[1], BACKOFF[0] * 2 ** len(self._failures)) * random.uniform(0.5, 1.0))
+
+
+class Runtime:
+    """Use as `async with Runtime(config, "batcher") as runtime`, `start` actors, then `until_stopped`."""
+
+    def __init__(self, config: Config, role: str) -> None:
+        self.config = config
+        self.role = role
+        self.bus = Bus(config.nats, f"narsil-{role}")
+        self.telemetry = Telemetry()
+        gauges(self.telemetry.registry, narsil_bus_dropped=("Messages lost at this end", lambda: self.bus.dropped))
+        self.actors: list[Actor[Any]] = []
+        self._tasks: asyncio.TaskGroup = asyncio.TaskGroup()
+        self._running: dict[str, asyncio.Task[None]] = {}
+        self._stop = asyncio.Event()
+        self._failure: str = ""
+
+    async def __aenter__(self) -> Self:
+        await self.bus.connect()
+        self.telemetry.start()
+        await self._tasks.__aenter__()
+        self._tasks.create_task(self._report_forever(), name="report")
+        self._tasks.create_task(self._watch_bus(), name="bus watch")
+        return self
+
+    async def __aexit__(self, *error: Any) -> None:
+        self._stop.set()
+        for task in self._running.values():
+            task.cancel()
+        with contextlib.suppress(asyncio.CancelledError):
+            await self._tasks.__aexit__(None, None, None)
+        self.telemetry.stop()
+        await self.bus.flush()
+        await self.bus.close()
+
+    async def start(self, build: Callable[[], Actor[Any]]) -> Actor[Any]:
+        """Start an actor and keep it alive; `build` makes a new one after a crash. Raises what its start raises."""
+        actor = build()
+        await actor.start()
+        actor.state = "up"
+        self.actors.append(actor)
+        self._running[actor.name] = self._tasks.create_task(self._supervise(actor, build), name=actor.name)
+        log.info("%s is ready", actor.name)
+        return actor
+
+    async def until_stopped(self, watch_stdin: bool = False) -> int:
+        """Run until SIGTERM, SIGINT, the end of the parent (`watch_stdin`) or a failure; then drain. The exit code."""
+        loop = asyncio.get_running_loop()
+        for number in (signal.SIGTERM, signal.SIGINT):
+            loop.add_signal_handler(number, self.request_stop)
+        if watch_stdin:
+            loop.add_reader(sys.stdin.fileno(), self._on_stdin)
+        settle_gc()
+        self._report()
+        await self._stop.wait()
+        await self.drain()
+        if self._failure:
+            log.error("%s", self._failure)
+            return 1
+        return 0
+
+    def request_stop(self) -> None:
+        self._stop.set()
+
+    async def drain(self) -> None:
+        """The last started goes first: gateways before batchers before executors."""
+        for actor in reversed(self.actors):
+            actor.state = "draining"
+            self._report()
+            try:
+                await asyncio.wait_for(actor.drain(), self.config.timing.drain_ms / 1e3)
+            except TimeoutError:
+                log.warning("%s still had work when its time to drain was over", actor.name)
+            task = self._running.pop(actor.name, None)
+            if task is not None:
+                task.cancel()
+                await asyncio.gather(task, return_exceptions=True)
+            actor.state = "stopped"
+        self.actors.clear()
+
+    async def _supervise(self, actor: Actor[Any], build: Callable[[], Actor[Any]]) -> None:
+        service = await self._announce(actor)
+        backoff = Backoff()
+        while True:
+            try:
+                await actor.run()
+            except Exception:
+                log.exception("%s failed", actor.name)
+            finally:
+                await _shielded(actor.stop())
+                await _shielded(service.stop())
+            delay = backoff.failed(asyncio.get_running_loop().time())
+            while delay is not None:
+                await asyncio.sleep(delay)
+                replacement = build()
+                try:
+                    await replacement.start()
+                    break
+                except Exception:
+                    log.exception("%s did not start again", actor.name)
+                    await replacement.stop()
+                    delay = backoff.failed(asyncio.get_running_loop().time())
+            if delay is None:
+                self._failure = f"{actor.name} failed {GIVE_UP[0]} times within {GIVE_UP[1]:.0f} s: giving up"
+                self._stop.set()
+                return
+            self._replace(actor, replacement)
+            actor = replacement
+            service = await self._announce(actor)
+
+    def _replace(self, old: Actor[Any], new: Actor[Any]) -> None:
+        new.state = "up"
+        self.actors[self.actors.index(old)] = new
+        self._running[new.name] = self._running.pop(old.name)
+        log.info("%s replaces %s", new.name, old.name)
+
+    async def _announce(self, actor: Actor[Any]) -> ServiceApi:
+        service = ServiceApi(self.bus, actor.kind, actor.name, actor.endpoints)
+        await service.start()
+        return service
+
+    async def _watch_bus(self) -> None:
+        """A connection that is closed for good ends the process: the one who started it decides what next."""
+        closed = asyncio.create_task(self.bus.closed.wait())
+        stopped = asyncio.create_task(self._stop.wait())
+        try:
+            await asyncio.wait((closed, stopped), return_when=asyncio.FIRST_COMPLETED)
+            if closed.done() and not stopped.done():
+                self._failure = f"the broker at {self.bus.where} refused this connection for good"
+                self._stop.set()
+        finally:
+            closed.cancel()
+            stopped.cancel()
+
+    async def _report_forever(self) -> None:
+        while not self._stop.is_set():
+            self._report()
+            with contextlib.suppress(TimeoutError):
+                await asyncio.wait_for(self._stop.wait(), REPORT_EVERY)
+
+    def _report(self) -> None:
+        process = text(self.telemetry.registry)
+        for actor in self.actors:
+            report = Report(
+                actor.kind, actor.name, os.getpid(), actor.state, actor.detail(), text(actor.registry) + process
+            )
+            process = ""  # once for each process
+            with contextlib.suppress(Refused):
+                self.bus.broadcast(subjects.REPORT, report)
+
+    def _on_stdin(self) -> None:
+        if not os.read(sys.stdin.fileno(), 4096):
+            asyncio.get_running_loop().remove_reader(sys.stdin.fileno())
+            log.warning("the process that started this one is gone: stopping")
+            self.request_stop()
+
+
+async def _shielded(ending: Awaitable[None]) -> None:
+    """Runs an ending to its end even when the task around it is being cancelled."""
+    task = asyncio.ensure_future(ending)
+    try:
+        await asyncio.shield(task)
+    except asyncio.CancelledError:
+        await asyncio.gather(task, return_exceptions=True)
+        raise
+    except Exception:
+        log.exception("an actor did not end cleanly")

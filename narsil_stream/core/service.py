@@ -1,0 +1,66 @@
+"""NATS's service API for actors: `nats micro ping|info|stats` sees them. The message types are nats-py's own."""
+
+import json
+from collections.abc import Callable
+from datetime import UTC, datetime
+from typing import Any
+
+from nats.aio.msg import Msg
+from nats.micro.service import (
+    EndpointInfo,
+    EndpointStats,
+    ServiceInfo,
+    ServicePing,
+    ServiceStats,
+    ServiceVerb,
+    control_subject,
+)
+
+from narsil_stream import __version__
+from narsil_stream.core.bus import Bus
+
+PREFIX = "$SRV"
+
+
+class ServiceApi:
+    """Answers PING, INFO and STATS for one actor. All of a kind share a service name, e.g. `narsil-batcher`."""
+
+    def __init__(self, bus: Bus, kind: str, actor: str, endpoints: Callable[[], list[EndpointStats]]) -> None:
+        self._bus = bus
+        self._identity: dict[str, Any] = {"name": f"narsil-{kind}", "id": actor, "version": __version__, "metadata": {}}
+        self._endpoints = endpoints
+        self._started = datetime.now(UTC).replace(tzinfo=None)
+        answers = {ServiceVerb.PING: self._ping, ServiceVerb.INFO: self._info, ServiceVerb.STATS: self._stats}
+        self._answers: dict[str, Callable[[], dict[str, Any]]] = {
+            control_subject(verb, name, of, PREFIX): answer
+            for verb, answer in answers.items()
+            for name, of in ((None, None), (self._identity["name"], None), (self._identity["name"], actor))
+        }
+
+    async def start(self) -> None:
+        for subject in self._answers:
+            await self._bus.subscribe(subject, self._on_message)
+
+    async def stop(self) -> None:
+        for subject in self._answers:
+            await self._bus.unsubscribe(subject)
+
+    def _on_message(self, message: Msg) -> None:
+        if message.reply:
+            self._bus.publish(message.reply, json.dumps(self._answers[message.subject]()).encode())
+
+    def _ping(self) -> dict[str, Any]:
+        ping: dict[str, Any] = ServicePing(**self._identity).to_dict()
+        return ping
+
+    def _info(self) -> dict[str, Any]:
+        endpoints = [EndpointInfo(e.name, e.subject, e.queue_group, {}) for e in self._endpoints()]
+        description = f"narsil-stream {self._identity['name'].removeprefix('narsil-')}"
+        info: dict[str, Any] = ServiceInfo(**self._identity, description=description, endpoints=endpoints).to_dict()
+        return info
+
+    def _stats(self) -> dict[str, Any]:
+        stats: dict[str, Any] = ServiceStats(
+            **self._identity, started=self._started, endpoints=self._endpoints()
+        ).to_dict()
+        return stats

@@ -1,0 +1,110 @@
+"""Metrics of one process: a registry for it and one for each actor, no multiprocess mode."""
+
+import asyncio
+import gc
+import time
+from collections.abc import Callable
+
+from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, generate_latest
+from prometheus_client.gc_collector import GCCollector
+from prometheus_client.platform_collector import PlatformCollector
+from prometheus_client.process_collector import ProcessCollector
+
+SECONDS = (50e-6, 100e-6, 200e-6, 500e-6, 1e-3, 2e-3, 5e-3, 10e-3, 20e-3, 50e-3, 0.1, 0.2, 0.5, 1, 2, 5, 10)
+ROWS = tuple(2**i for i in range(15))
+LAG_EVERY = 0.1
+
+
+class Telemetry:
+    """What every process reports of itself."""
+
+    def __init__(self) -> None:
+        self.registry = CollectorRegistry()
+        ProcessCollector(registry=self.registry)
+        PlatformCollector(registry=self.registry)
+        GCCollector(registry=self.registry)
+        self._lag = Histogram(
+            "narsil_event_loop_lag_seconds",
+            "How late the event loop ran a timer",
+            buckets=SECONDS,
+            registry=self.registry,
+        )
+        self._gc_pause = Histogram(
+            "narsil_gc_pause_seconds", "Pauses of the garbage collector", buckets=SECONDS, registry=self.registry
+        )
+        self._gc_started = 0.0
+        self._tick: asyncio.TimerHandle | None = None
+
+    def start(self) -> None:
+        gc.callbacks.append(self._on_gc)
+        self._schedule()
+
+    def stop(self) -> None:
+        if self._on_gc in gc.callbacks:
+            gc.callbacks.remove(self._on_gc)
+        if self._tick is not None:
+            self._tick.cancel()
+
+    def _schedule(self) -> None:
+        loop = asyncio.get_running_loop()
+        due = loop.time() + LAG_EVERY
+        self._tick = loop.call_at(due, self._on_tick, due)
+
+    def _on_tick(self, due: float) -> None:
+        self._lag.observe(max(0.0, asyncio.get_running_loop().time() - due))
+        self._schedule()
+
+    def _on_gc(self, phase: str, info: dict[str, int]) -> None:
+        if phase == "start":
+            self._gc_started = time.perf_counter()
+        else:
+            self._gc_pause.observe(time.perf_counter() - self._gc_started)
+
+
+def text(registry: CollectorRegistry) -> str:
+    """Prometheus text exposition."""
+    return generate_latest(registry).decode()
+
+
+def gauges(registry: CollectorRegistry, **read: tuple[str, Callable[[], float]]) -> None:
+    """Gauges that are read when somebody asks: name=(help text, function)."""
+    for name, (help_text, function) in read.items():
+        Gauge(name, help_text, registry=registry).set_function(function)
+
+
+def settle_gc() -> None:
+    """After warm-up: what lives now lives for good, so collections need not look at it again; and they come rarely."""
+    gc.collect()
+    gc.freeze()
+    gc.set_threshold(50_000, 20, 100)
+
+
+class RequestMetrics:
+    """What gateways and batchers count alike. offered = answered + refused + expired + failed, once nothing is open."""
+
+    OUTCOMES = ("answered", "refused", "expired", "failed")
+
+    def __init__(self, registry: CollectorRegistry) -> None:
+        self.offered = Counter("narsil_requests_offered", "Requests that came in", registry=registry)
+        ended = Counter("narsil_requests", "Requests by how they ended", ["outcome"], registry=registry)
+        self._ended = {outcome: ended.labels(outcome) for outcome in self.OUTCOMES}
+        self._faults = Counter("narsil_errors", "Errors given, by row of the error table", ["fault"], registry=registry)
+        self.rows = Counter("narsil_rows", "Rows scored", registry=registry)
+        self.seconds = Histogram("narsil_request_seconds", "From arrival to answer", buckets=SECONDS, registry=registry)
+
+    def answered(self, rows: int, seconds: float) -> None:
+        self._ended["answered"].inc()
+        self.rows.inc(rows)
+        self.seconds.observe(seconds)
+
+    def refused(self, fault: str) -> None:
+        """Turned away on arrival."""
+        self._end("refused", fault)
+
+    def ended_badly(self, fault: str) -> None:
+        """Accepted, but not scored: its budget ran out, the caller left, or nobody could score it."""
+        self._end("expired" if fault == "DEADLINE_EXCEEDED" else "failed", fault)
+
+    def _end(self, outcome: str, fault: str) -> None:
+        self._ended[outcome].inc()
+        self._faults.labels(fault).inc()
