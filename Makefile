@@ -1,0 +1,69 @@
+# Two commands do everything: `make serve` and `make test`. `make` alone lists all.
+
+PYTHON ?= python3
+ARGS ?=
+
+PIP_INSTALL = -m pip install -qq --disable-pip-version-check --root-user-action=ignore
+REQUIREMENTS = requirements/torch-cpu.txt requirements/torchrec-cpu.txt
+# .venv serves too once it is complete and up to date; until then a light one without torch is enough.
+NEWER = $(foreach file,pyproject.toml $(REQUIREMENTS),-newer $(file))
+SERVE_VENV = $(if $(shell find .venv/.complete $(NEWER) 2>/dev/null),.venv,.venv-serve)
+
+define CHECK_PYTHON
+$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || { \
+  echo "narsil-stream needs Python 3.11 or newer; $(PYTHON) is none. Name another: make PYTHON=python3.12 ..." >&2; \
+  exit 1; }; \
+$(PYTHON) -c 'import ensurepip, venv' 2>/dev/null || { \
+  echo "$(PYTHON) cannot make virtual environments; on Debian and Ubuntu: apt install python3-venv" >&2; \
+  exit 1; }
+endef
+
+MAKEFLAGS += --no-print-directory
+.DEFAULT_GOAL := help
+.PHONY: help setup serve test lint format clean distclean
+
+help: ## List what make can do (this)
+	@sed -n 's/^\([a-z]*\):.*## \(.*\)/\1|\2/p' $(MAKEFILE_LIST) | while IFS='|' read -r name what; do \
+	  printf '  make %-10s %s\n' "$$name" "$$what"; done
+
+setup: .venv/.complete ## Make .venv, with the tools, torch and TorchRec for CPU
+
+serve: $(SERVE_VENV)/.complete ## Run the whole pipeline here: no GPU, no torch (options: make serve ARGS='--http-port 9000')
+	@exec $(SERVE_VENV)/bin/narsil serve $(ARGS)
+
+test: setup ## Run the tests (options: make test ARGS='-k batch')
+	@.venv/bin/python -m pytest $(ARGS)
+
+lint: setup ## Check style, types and the direction of imports
+	@.venv/bin/ruff check --quiet .
+	@.venv/bin/ruff format --quiet --check .
+	@.venv/bin/mypy
+	@.venv/bin/lint-imports --no-logo
+
+format: setup ## Correct style where a tool can
+	@.venv/bin/ruff check --quiet --fix .
+	@.venv/bin/ruff format --quiet .
+
+clean: ## Remove caches and build outputs
+	@rm -rf build dist *.egg-info .mypy_cache .ruff_cache .pytest_cache .import_linter_cache .hypothesis
+	@find . -path './.venv*' -prune -o -type d -name __pycache__ -exec rm -rf {} +
+
+distclean: clean ## Remove these and the virtual environments
+	@rm -rf .venv .venv-serve
+
+.venv/.complete: pyproject.toml $(REQUIREMENTS)
+	@$(CHECK_PYTHON)
+	@echo "Setting up .venv (a minute or more the first time) ..."
+	@$(PYTHON) -m venv .venv
+	@.venv/bin/python $(PIP_INSTALL) -e '.[dev]'
+	@echo "Adding torch and TorchRec for CPU ..."
+	@.venv/bin/python $(PIP_INSTALL) -r requirements/torch-cpu.txt
+	@.venv/bin/python $(PIP_INSTALL) --no-deps -r requirements/torchrec-cpu.txt
+	@touch $@
+
+.venv-serve/.complete: pyproject.toml
+	@$(CHECK_PYTHON)
+	@echo "Setting up .venv-serve (about half a minute the first time) ..."
+	@$(PYTHON) -m venv .venv-serve
+	@.venv-serve/bin/python $(PIP_INSTALL) -e .
+	@touch $@
