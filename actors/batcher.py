@@ -325,9 +325,9 @@ class Batcher(Actor[Message]):
             decision.model.version,
             self._catalogue.digest(decision.model),
             decision.rows,
-            b"".join(rows.dense for rows in parts),
-            b"".join(rows.ids for rows in parts),
-            lengths,
+            memoryview(b"".join(rows.dense for rows in parts)),
+            memoryview(b"".join(rows.ids for rows in parts)),
+            memoryview(lengths),
             decision.budget_us,
             decision.demand,
         )
@@ -336,7 +336,7 @@ class Batcher(Actor[Message]):
 
     def _score(self, tickets: list[Ticket], result: Result) -> None:
         """`tickets` in the order of the batch's rows; those that ended meanwhile are passed over."""
-        scores = memoryview(result.scores)
+        scores = result.scores
         now = now_us()
         starts = accumulate((ticket.rows for ticket in tickets), initial=0)
         for ticket, start in zip(tickets, starts, strict=False):

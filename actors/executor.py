@@ -39,6 +39,7 @@ from narsil_stream.schemas.internal import (
 log = logging.getLogger(__name__)
 
 MAILBOX = 4_096
+NOTHING = memoryview(b"")
 
 _decode = msgspec.msgpack.Decoder(ToExecutor).decode
 _decode_beat = msgspec.msgpack.Decoder(BatcherBeat).decode
@@ -213,7 +214,7 @@ class Executor(Actor[Message]):
         """In the compute thread. Never raises."""
         if now_us() >= deadline_us:
             detail = "the budget ran out before the batch was computed"
-            return Result(batch.batch, self.name, b"", 0, Fault.DEADLINE_EXCEEDED.name, detail)
+            return Result(batch.batch, self.name, NOTHING, 0, Fault.DEADLINE_EXCEEDED.name, detail)
         started = time.perf_counter_ns()
         try:
             scores = np.empty(batch.rows, np.float32)
@@ -222,7 +223,7 @@ class Executor(Actor[Message]):
                 raise FloatingPointError("the model gave a score that is not a number")
         except Exception:
             log.exception("a batch of %d rows failed", batch.rows)
-            return Result(batch.batch, self.name, b"", 0, Fault.INTERNAL.name, "the forward pass failed")
+            return Result(batch.batch, self.name, NOTHING, 0, Fault.INTERNAL.name, "the forward pass failed")
         service_us = max(1, (time.perf_counter_ns() - started) // 1_000)
         return Result(batch.batch, self.name, scores.view(np.uint8).data, service_us)
 
@@ -247,7 +248,7 @@ class Executor(Actor[Message]):
 
     def _turn_away(self, batch: Batch) -> None:
         self._batches.labels("turned away").inc()
-        self._tell(batch.batcher, Result(batch.batch, self.name, b"", 0))
+        self._tell(batch.batcher, Result(batch.batch, self.name, NOTHING, 0))
 
     # Messages out
 

@@ -85,11 +85,11 @@ class Batch(Struct, array_like=True, frozen=True, gc=False, tag=5):
     version: str
     digest: str
     rows: int
-    dense: memoryview | bytes
+    dense: memoryview
     """FP32 [rows, n_dense]"""
-    ids: memoryview | bytes
+    ids: memoryview
     """INT32 [N]; one-hot: N = rows * n_sparse, batch-major"""
-    lengths: memoryview | bytes
+    lengths: memoryview
     """INT32 [rows, n_sparse]; empty: one-hot"""
     budget_us: int
     """Time until the last of its requests expires."""
@@ -102,7 +102,7 @@ class Result(Struct, array_like=True, frozen=True, gc=False, tag=6):
 
     batch: int
     executor: str
-    scores: memoryview | bytes
+    scores: memoryview
     """FP32 [rows]"""
     service_us: int
     """Measured time of the forward pass, copies included."""
