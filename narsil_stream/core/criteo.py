@@ -5,7 +5,7 @@ A row is [label,] I1 ... I13, C1 ... C26; an empty field is a missing value. Int
 """
 
 from collections.abc import Iterator, Sequence
-from typing import Any, BinaryIO
+from typing import BinaryIO
 
 import numpy as np
 from msgspec import Struct
@@ -87,12 +87,13 @@ class Parser:
         return self._parse(text + b"\n" if text else b"")
 
     def _parse(self, text: bytes) -> Rows:
+        """`text`: whole lines."""
         data = np.frombuffer(text, np.uint8)
         separators = np.flatnonzero((data == _TAB) | (data == _LF))
         last = np.flatnonzero(data[separators] == _LF)
         fields = np.diff(last, prepend=-1)
         line_ends = separators[last]
-        line_starts = np.concatenate([[0], line_ends[:-1] + 1])[: len(last)]
+        line_starts = np.concatenate([[0], line_ends + 1])[:-1]
         sizes = line_ends - line_starts
         blank = (sizes == 0) | ((sizes == 1) & (data[line_starts] == _CR))
         whole = self._right_fields(fields, blank) & (sizes <= MAX_LINE_BYTES)
@@ -101,12 +102,13 @@ class Parser:
 
         misshapen = np.flatnonzero(~whole & ~blank)
         bad = [self._misshapen(int(lines[i]), int(fields[i]), int(sizes[i])) for i in misshapen]
-        if not whole.any():
-            return self._rows(np.empty((0, _LABELLED)), np.empty((0, 26), np.uint32), lines[:0], bad)
-
-        ends = separators[last[whole, None] + np.arange(1 - (self._fields or 0), 1)]
+        ends = separators[last[whole, None] + np.arange(1 - (self._fields or _LABELLED), 1)]
         starts = np.concatenate([line_starts[whole, None], ends[:, :-1] + 1], axis=1)
         ends[:, -1] -= data[ends[:, -1] - 1] == _CR
+        return self._convert(data, starts, ends, lines[whole], bad)
+
+    def _convert(self, data: Bytes, starts: Places, ends: Places, lines: Places, bad: list[BadRow]) -> Rows:
+        """`starts`, `ends`: of each field [B, 39 or 40]. `bad`: rows that are bad already."""
         numbers, wrong_numbers = _integers(data, starts[:, :-26], ends[:, :-26])
         hashes, wrong_hashes = _hashes(data, starts[:, -26:], ends[:, -26:])
         wrong = np.concatenate([wrong_numbers, wrong_hashes], axis=1)
@@ -116,10 +118,16 @@ class Parser:
         spoiled = wrong.any(axis=1)
         for i in np.flatnonzero(spoiled):
             field = int(wrong[i].argmax())
-            found = text[starts[i, field] : ends[i, field]]
-            bad.append(_wrong(int(lines[whole][i]), _FIELDS[field - wrong.shape[1]], found))
-        bad.sort(key=lambda row: row.line)
-        return self._rows(numbers[~spoiled], hashes[~spoiled], lines[whole][~spoiled], bad)
+            found = data[starts[i, field] : ends[i, field]].tobytes()
+            bad.append(_wrong(int(lines[i]), _FIELDS[field - wrong.shape[1]], found))
+        numbers, hashes = numbers[~spoiled], hashes[~spoiled]
+        return Rows(
+            dense=np.log(numbers[:, -13:] + 1).astype(np.float32),
+            sparse=(hashes % self._table_rows).astype(np.int32),
+            labels=numbers[:, 0].astype(np.float32) if self._fields == _LABELLED else None,
+            lines=lines[~spoiled],
+            bad=sorted(bad, key=lambda row: row.line),
+        )
 
     def _right_fields(self, fields: Places, blank: Marks) -> Marks:
         if self._fields is None:
@@ -127,12 +135,6 @@ class Parser:
             self._fields = int(settling[0]) if len(settling) else None
         right: Marks = ~blank & (fields == (self._fields or 0))
         return right
-
-    def _rows(self, numbers: NDArray[Any], hashes: NDArray[np.uint32], lines: Places, bad: list[BadRow]) -> Rows:
-        dense = np.log(numbers[:, -13:] + 1).astype(np.float32)
-        sparse = (hashes % self._table_rows).astype(np.int32)
-        labels = numbers[:, 0].astype(np.float32) if self._fields == _LABELLED else None
-        return Rows(dense, sparse, labels, lines, bad)
 
     def _misshapen(self, line: int, fields: int, size: int) -> BadRow:
         if size > MAX_LINE_BYTES:
