@@ -160,6 +160,7 @@ def test_a_service_address_in_place_of_a_port_is_explained():
         ({"nats.token": "a", "nats.creds_file": "b"}, "one way only"),
         ({"nats.user": "a"}, "a user needs a password"),
         ({"nats.tls_cert": "a"}, "needs its private key"),
+        ({"nats.tls_ca": "a", "nats.creds_file": "a"}, "name another broker"),
         ({"nats.url": "http://broker"}, "a broker's address"),
     ],
 )
@@ -181,6 +182,8 @@ def test_secrets_are_not_told():
     flags = {"nats.user": "u", "nats.password": "hidden", "nats.token": "hidden", "nats.url": "x://u:hidden@h"}
     assert "hidden" not in problem(flags=flags)
     assert "hidden" not in problem({"NARSIL_NATS_PASWORD": "hidden"})
+    for url in ("nats://a:hidden@h,nats://b:hidden@h", "hidden@h", "x://hidden://hidden,hidden@h"):
+        assert "hidden" not in settings()["nats.url"].shown(url)
     good = load(None, {}, {"nats.url": "nats://u:hidden@h"})
     assert "hidden" not in repr(good)
 

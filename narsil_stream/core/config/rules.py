@@ -1,10 +1,12 @@
 """What must hold between settings. Each rule gives the sentence that was broken and the keys that it is about."""
 
+import re
 from collections.abc import Iterator
 
 from narsil_stream.core.config.schema import Config, NatsConfig
 
 Broken = tuple[str, tuple[str, ...]]
+ADDRESS = re.compile(r"(nats|tls|wss?)://\S+")
 
 
 def broken(config: Config) -> Iterator[Broken]:
@@ -14,6 +16,7 @@ def broken(config: Config) -> Iterator[Broken]:
     yield from _ports(config)
     yield from _inline(config)
     yield from _login(config.nats)
+    yield from _address(config.nats)
 
 
 def _timing(config: Config) -> Iterator[Broken]:
@@ -66,8 +69,12 @@ def _login(nats: NatsConfig) -> Iterator[Broken]:
         yield "a user needs a password, and a password a user", ("nats.user", "nats.password")
     if bool(nats.tls_cert) != bool(nats.tls_key):
         yield "a certificate needs its private key, and a key its certificate", ("nats.tls_cert", "nats.tls_key")
-    for url in nats.url.split(",") if nats.url else ():
-        scheme, separator, rest = url.strip().partition("://")
-        if scheme not in ("nats", "tls", "ws", "wss") or not separator or not rest:
-            yield "a broker's address is nats://, tls://, ws:// or wss:// and a host", ("nats.url",)
-            break
+
+
+def _address(nats: NatsConfig) -> Iterator[Broken]:
+    foreign = ("nkey_seed_file", "creds_file", "tls_ca", "tls_cert", "tls_key")
+    given = tuple(f"nats.{name}" for name in foreign if getattr(nats, name))
+    if given and not nats.url:
+        yield "our own broker takes a user or a token, no more; name another broker", ("nats.url", *given)
+    if nats.url and not all(ADDRESS.fullmatch(url.strip()) for url in nats.url.split(",")):
+        yield "a broker's address is nats://, tls://, ws:// or wss:// and a host", ("nats.url",)

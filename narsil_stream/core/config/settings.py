@@ -94,9 +94,7 @@ class Setting(Struct, frozen=True):
         """`value` for people: as TOML spells it, without what is secret."""
         if self.secret and value:
             return '"***"'
-        if self.key == "nats.url" and isinstance(value, str):
-            value = ",".join(_without_login(url) for url in value.split(","))
-        return toml_scalar(value)
+        return toml_scalar(_without_login(str(value)) if self.key == "nats.url" else value)
 
 
 def toml_scalar(value: object) -> str:
@@ -107,9 +105,12 @@ def toml_scalar(value: object) -> str:
 
 
 def _without_login(url: str) -> str:
-    scheme, separator, rest = url.rpartition("://")
-    _, at, host = rest.rpartition("@")
-    return f"{scheme}{separator}***@{host}" if at else url
+    """Rather too much hidden than too little: of several addresses with logins only the last one's host is left."""
+    login, at, host = url.rpartition("@")
+    scheme, separator, _ = login.partition("://")
+    if not at:
+        return url
+    return f"{scheme}://***@{host}" if separator else f"***@{host}"
 
 
 def _metas(annotation: Any) -> list[Meta]:
