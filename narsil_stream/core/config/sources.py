@@ -128,10 +128,11 @@ def _from_environ(environ: Mapping[str, str], found: _Found) -> None:
         if not name.startswith(PREFIX) or name in NOT_SETTINGS or not value:
             continue
         setting = by_variable.get(name)
+        address = name.endswith("_PORT") and SERVICE_ADDRESS.fullmatch(value)
         if setting is None:
-            if not (SERVICE_LINK.fullmatch(name) or SERVICE_ADDRESS.fullmatch(value)):
+            if not (address or SERVICE_LINK.fullmatch(name)):
                 found.unknown(name, "environment", by_variable)
-        elif name.endswith("_PORT") and SERVICE_ADDRESS.fullmatch(value):
+        elif address:
             found.problems.append(_service_link(name, value))
         else:
             found.given[setting.key] = _Given(value, f"variable {name}", strict=False)
