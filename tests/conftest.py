@@ -1,0 +1,52 @@
+"""Fixtures for tests that need a broker or a whole system. The classes behind them are in `tests/support.py`.
+
+Function scope: yours to break. `shared_*`: one for the whole run, for tests that only ask.
+"""
+
+import os
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from narsil_stream.kernels.artifact import write
+from narsil_stream.kernels.init import criteo_spec, random_model
+from tests.support import NatsServer, System
+
+
+@pytest.fixture
+def nats_server() -> Iterator[NatsServer]:
+    """A broker of the test's own. About 30 ms."""
+    with NatsServer() as server:
+        yield server
+
+
+@pytest.fixture(scope="session")
+def criteo_model(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """An artifact called "ctr" that reads Criteo rows: 26 tables of 1000 rows, small enough to compute in no time."""
+    folder = tmp_path_factory.mktemp("models") / "ctr"
+    write(folder, random_model(criteo_spec("ctr", rows=1000, dim=4, bottom=(8,), top=(8,)), seed=3))
+    return folder
+
+
+@pytest.fixture
+def system(nats_server: NatsServer, criteo_model: Path) -> Iterator[System]:
+    """One executor and one batcher that serve `criteo_model` on `nats_server`."""
+    with System(nats_server.url, criteo_model) as running:
+        yield running
+
+
+@pytest.fixture(scope="session")
+def shared_system(criteo_model: Path) -> Iterator[System]:
+    """As `system`, but started once."""
+    with NatsServer() as server, System(server.url, criteo_model) as running:
+        yield running
+
+
+@pytest.fixture(scope="session")
+def real_rows() -> Path:
+    """The folder with real Criteo rows, which may not be distributed: named by NARSIL_TEST_DATA."""
+    folder = os.environ.get("NARSIL_TEST_DATA")
+    if not folder:
+        pytest.skip("NARSIL_TEST_DATA does not name a folder with real Criteo rows")
+    return Path(folder)

@@ -1,0 +1,190 @@
+"""What tests of more than one folder need: a real broker, a small system on it, and the command as a process."""
+
+import asyncio
+import json
+import os
+import signal
+import subprocess
+import sys
+import tempfile
+import threading
+import time
+from collections.abc import Callable
+from concurrent.futures import Future
+from contextlib import AsyncExitStack
+from functools import partial
+from pathlib import Path
+from typing import Any, Self
+
+import numpy as np
+import uvloop
+from msgspec.structs import replace
+from numpy.typing import NDArray
+
+from narsil_stream.actors.batcher import Batcher
+from narsil_stream.actors.executor import Executor, load
+from narsil_stream.core.client import Client
+from narsil_stream.core.config import Config, NatsConfig
+from narsil_stream.core.runtime import Runtime
+from narsil_stream.kernels import reference
+from narsil_stream.kernels.artifact import read_spec
+from narsil_stream.kernels.backend import RaggedBatch
+
+PATIENCE_S = 20.0
+"""For what normally takes milliseconds, on a machine that is busy."""
+
+
+def until(condition: Callable[[], Any], what: str, timeout_s: float = PATIENCE_S) -> Any:
+    """The first true value of `condition`, asked every few milliseconds. Fails with `what` after `timeout_s`."""
+    end = time.monotonic() + timeout_s
+    while not (found := condition()):
+        assert time.monotonic() < end, f"{what}: not within {timeout_s} s"
+        time.sleep(0.005)
+    return found
+
+
+class NatsServer:
+    """A real nats-server on a free port, for one test. `with NatsServer() as broker: broker.url`.
+
+    `options` go to its command line, e.g. "--user", "u", "--pass", "p". `kill` and `start` it again on the same port to
+    see what its loss does; `pause` and `resume` freeze it.
+    """
+
+    def __init__(self, *options: str) -> None:
+        self._options = options
+        self._folder = tempfile.TemporaryDirectory(prefix="narsil-nats-")
+        self._process: subprocess.Popen[bytes] | None = None
+        self._port = -1
+
+    @property
+    def url(self) -> str:
+        return f"nats://127.0.0.1:{self._port}"
+
+    def start(self) -> None:
+        """Returns when it accepts connections."""
+        binary = Path(sys.executable).parent / "nats-server"
+        listen = ["-a", "127.0.0.1", "-p", str(self._port), "--ports_file_dir", self._folder.name, "-l", self._log]
+        self._process = subprocess.Popen([str(binary), *listen, *self._options], stderr=subprocess.DEVNULL)
+        (url,) = until(self._listening, "nats-server listens")
+        self._port = int(url.rpartition(":")[2])
+
+    def kill(self) -> None:
+        if self._process is not None:
+            self._process.kill()
+            self._process.wait()
+            self._process = None
+
+    def pause(self) -> None:
+        self._running.send_signal(signal.SIGSTOP)
+
+    def resume(self) -> None:
+        self._running.send_signal(signal.SIGCONT)
+
+    def __enter__(self) -> Self:
+        self.start()
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        self.kill()
+        self._folder.cleanup()
+
+    @property
+    def _running(self) -> subprocess.Popen[bytes]:
+        assert self._process is not None, "nats-server is not running"
+        return self._process
+
+    @property
+    def _log(self) -> str:
+        return str(Path(self._folder.name) / "log")
+
+    def _listening(self) -> list[str] | None:
+        """It writes this file once it listens; its name holds the process's id."""
+        assert self._running.poll() is None, f"nats-server ended: {Path(self._log).read_text()}"
+        ports = Path(self._folder.name) / f"nats-server_{self._running.pid}.ports"
+        try:
+            return list(json.loads(ports.read_text())["nats"])
+        except (FileNotFoundError, json.JSONDecodeError):
+            return None
+
+
+class System:
+    """Executors and batchers that serve models on a broker, in one thread. `with System(broker.url, folder) as system`.
+
+    Entered once a client sees every model. Executors and batchers have connections of their own, as in processes of
+    their own, so that all messages cross the broker. `config` sets everything but the broker's address.
+    """
+
+    def __init__(
+        self, url: str, *models: Path, config: Config | None = None, executors: int = 1, batchers: int = 1
+    ) -> None:
+        self.url = url
+        self.config = replace(config or Config(), nats=NatsConfig(url=url))
+        self._models = models
+        self._executors, self._batchers = executors, batchers
+        self._loop = uvloop.new_event_loop()
+        self._stop = asyncio.Event()
+        self._ready: Future[None] = Future()
+        self._thread = threading.Thread(target=self._run, name="system under test", daemon=True)
+
+    def __enter__(self) -> Self:
+        self._thread.start()
+        try:
+            self._ready.result(PATIENCE_S)
+        except BaseException:
+            self.__exit__()
+            raise
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        """Stops without draining: what is open is answered UNAVAILABLE."""
+        self._loop.call_soon_threadsafe(self._stop.set)
+        self._thread.join(PATIENCE_S)
+        assert not self._thread.is_alive(), "the system under test did not stop"
+        self._loop.close()
+
+    def _run(self) -> None:
+        try:
+            self._loop.run_until_complete(self._live())
+        except BaseException as error:
+            if self._ready.done():
+                raise
+            self._ready.set_exception(error)
+
+    async def _live(self) -> None:
+        async with AsyncExitStack() as stack:
+            for _ in range(self._executors):
+                runtime = await stack.enter_async_context(Runtime(self.config, "executor"))
+                await runtime.start(partial(self._executor, runtime))
+            for _ in range(self._batchers):
+                runtime = await stack.enter_async_context(Runtime(self.config, "batcher"))
+                await runtime.start(partial(Batcher, self.config, runtime.bus))
+            await self._wait_served()
+            self._ready.set_result(None)
+            await self._stop.wait()
+
+    def _executor(self, runtime: Runtime) -> Executor:
+        return Executor(self.config, runtime.bus, lambda: [load(folder, reference.load) for folder in self._models])
+
+    async def _wait_served(self) -> None:
+        wanted = {(spec.name, spec.version) for spec in map(read_spec, self._models)}
+        async with asyncio.timeout(PATIENCE_S), Client(self.config.nats) as client:
+            while not wanted <= {(ref.name, ref.version) for ref in client.models()}:  # noqa: ASYNC110 no signal
+                await asyncio.sleep(0.005)
+
+
+def expected(model: Path, dense: NDArray[np.float32], ids: NDArray[np.int32]) -> NDArray[np.float32]:
+    """What the reference backend, called directly, says of one-hot rows."""
+    scores = np.empty(len(dense), np.float32)
+    reference.load(model).run(RaggedBatch(dense, np.ascontiguousarray(ids).reshape(-1)), scores)
+    return scores
+
+
+def plain_environ(**extra: str) -> dict[str, str]:
+    """This process's variables without settings of ours that the developer's shell may hold."""
+    return {name: value for name, value in os.environ.items() if not name.startswith("NARSIL_")} | extra
+
+
+def narsil(*args: str | Path, **popen: Any) -> subprocess.Popen[bytes]:
+    """The command `narsil` as a process, with pipes for what `popen` does not say."""
+    pipes = dict.fromkeys(("stdin", "stdout", "stderr"), subprocess.PIPE) | {"env": plain_environ()}
+    return subprocess.Popen([sys.executable, "-m", "narsil_stream", *map(str, args)], **(pipes | popen))
