@@ -1,7 +1,6 @@
 """Between bytes and the wire's Structs. Bad bytes raise `Refused(INVALID_ARGUMENT)`, never anything else."""
 
 import enum
-from collections.abc import Callable
 from typing import Any
 
 import msgspec
@@ -9,6 +8,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from narsil_stream.schemas.errors import Refused, invalid, named
+from narsil_stream.schemas.json_tensor import decode_inputs, decode_outputs, pack
 from narsil_stream.schemas.wire import (
     InferAnswer,
     InferRequest,
@@ -41,9 +41,10 @@ _encode_msgpack = msgspec.msgpack.Encoder().encode
 _encode_json = msgspec.json.Encoder().encode
 _decode_msgpack_request = msgspec.msgpack.Decoder(InferRequest).decode
 _decode_msgpack_answer = msgspec.msgpack.Decoder(InferAnswer).decode
-_decode_json_request = msgspec.json.Decoder(JsonRequest).decode
-_decode_json_answer = msgspec.json.Decoder(JsonAnswer).decode
 _decode_json_error = msgspec.json.Decoder(JsonError).decode
+
+UNDECODABLE = (msgspec.MsgspecError, ValueError, RecursionError)
+"""What msgspec raises for bad bytes: for text that is not UTF-8 and for deep nesting, Python's own errors."""
 
 
 class Spelling(enum.Enum):
@@ -53,7 +54,7 @@ class Spelling(enum.Enum):
 
 def tensor(name: str, array: NDArray[Any]) -> Tensor:
     """An array as a wire tensor, without a copy where it is C order and little endian already."""
-    array = np.ascontiguousarray(array)
+    array = np.asarray(array, order="C")
     little = array.dtype.newbyteorder("<")
     if little not in NAMES:
         raise invalid(f"tensor '{name}' has dtype {array.dtype}; expected one of {', '.join(DTYPES)}")
@@ -74,7 +75,10 @@ def array(tensor: Tensor) -> NDArray[Any]:
             f"input '{tensor.name}' has {len(tensor.data)} bytes; expected {count * dtype.itemsize} for"
             f" {tensor.dtype} {list(tensor.shape)}"
         )
-    return np.frombuffer(tensor.data, dtype).reshape(tensor.shape)
+    try:
+        return np.frombuffer(tensor.data, dtype).reshape(tensor.shape)
+    except ValueError:  # no elements, but dimensions that NumPy cannot multiply
+        raise invalid(f"input '{tensor.name}' has shape {list(tensor.shape)}, which is too large") from None
 
 
 def spelling_of(payload: bytes) -> Spelling:
@@ -87,15 +91,15 @@ def decode_request(payload: bytes) -> InferRequest:
     if spelling_of(payload) is Spelling.MSGPACK:
         try:
             return _decode_msgpack_request(payload)
-        except (msgspec.MsgspecError, UnicodeDecodeError) as error:
+        except UNDECODABLE as error:
             raise invalid(f"not a version 1 msgpack request: {error}") from None
     return decode_json_request(payload)
 
 
 def decode_json_request(payload: bytes) -> InferRequest:
     try:
-        request = _decode_json_request(payload)
-    except (msgspec.MsgspecError, UnicodeDecodeError, RecursionError) as error:
+        request = decode_inputs(payload)
+    except UNDECODABLE as error:
         raise invalid(f"not an Open Inference Protocol request in JSON: {error}") from None
     for wish in request.outputs:
         if wish.name != "scores":
@@ -103,7 +107,7 @@ def decode_json_request(payload: bytes) -> InferRequest:
     said = request.parameters
     return InferRequest(
         id=request.id,
-        inputs=tuple(map(_from_json, request.inputs)),
+        inputs=tuple(map(pack, request.inputs)),
         budget_us=said.timeout,
         sent_us=said.sent_us,
         priority=said.priority,
@@ -132,61 +136,28 @@ def encode_answer(answer: InferAnswer, spelling: Spelling) -> bytes:
 
 def decode_answer(payload: bytes) -> InferAnswer:
     """An answer in either spelling, as a client gets it. Raises `msgspec.MsgspecError` for anything else."""
-    if spelling_of(payload) is Spelling.MSGPACK:
-        return _decode_msgpack_answer(payload)
+    try:
+        if spelling_of(payload) is Spelling.MSGPACK:
+            return _decode_msgpack_answer(payload)
+        return _decode_json_answer(payload)
+    except (ValueError, RecursionError, Refused) as error:
+        raise msgspec.DecodeError(f"not a version 1 answer: {error}") from None
+
+
+def _decode_json_answer(payload: bytes) -> InferAnswer:
     try:
         error = _decode_json_error(payload)
-        return InferAnswer(
-            error.id, fault=error.code or "INTERNAL", detail=error.error, retry_after_us=error.retry_after_us
-        )
     except msgspec.ValidationError:
-        answer = _decode_json_answer(payload)
-    outputs = tuple(_from_json(JsonTensor(out.name, out.shape, out.datatype, out.data)) for out in answer.outputs)
-    return InferAnswer(answer.id, outputs, answer.model_name, answer.model_version)
+        answer = decode_outputs(payload)
+        return InferAnswer(answer.id, tuple(map(pack, answer.outputs)), answer.model_name, answer.model_version)
+    return InferAnswer(
+        error.id, fault=error.code or "INTERNAL", detail=error.error, retry_after_us=error.retry_after_us
+    )
 
 
 def refusal(answer: InferAnswer) -> Refused:
     """The exception that an answer with a fault stands for."""
     return Refused(named(answer.fault), answer.detail, answer.retry_after_us)
-
-
-def _numbers(kind: type, depth: int) -> Callable[[msgspec.Raw], Any]:
-    nested: Any = kind
-    for _ in range(depth):
-        nested = list[nested]
-    return msgspec.json.Decoder(nested).decode
-
-
-_KINDS: dict[str, type] = {"b": bool, "u": int, "i": int, "f": float}
-_DECODERS = {(kind, depth): _numbers(of, depth) for kind, of in _KINDS.items() for depth in range(1, 9)}
-
-
-def _from_json(given: JsonTensor) -> Tensor:
-    dtype = DTYPES.get(given.datatype)
-    if dtype is None:
-        raise invalid(f"input '{given.name}' has datatype {given.datatype!r}; expected one of {', '.join(DTYPES)}")
-    try:
-        values = _json_array(given, dtype)
-    except (msgspec.MsgspecError, OverflowError, ValueError, RecursionError) as error:
-        raise invalid(
-            f"input '{given.name}': data must be {given.datatype} numbers, flat or nested as"
-            f" {list(given.shape)}: {error}"
-        ) from None
-    if values.ndim > 1 and values.shape != given.shape:
-        raise invalid(
-            f"input '{given.name}' has data nested as {list(values.shape)}; its shape says {list(given.shape)}"
-        )
-    return Tensor(given.name, given.datatype, given.shape, values.reshape(-1).view(np.uint8).data)
-
-
-def _json_array(given: JsonTensor, dtype: np.dtype[Any]) -> NDArray[Any]:
-    with np.errstate(over="ignore"):  # what overflows becomes inf, which the batcher refuses by position
-        try:
-            return np.array(_DECODERS[dtype.kind, 1](given.data), dtype)
-        except msgspec.ValidationError:
-            if len(given.shape) < 2:
-                raise
-            return np.array(_DECODERS[dtype.kind, len(given.shape)](given.data), dtype)
 
 
 def _to_json(given: Tensor) -> JsonTensor:

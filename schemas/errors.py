@@ -55,8 +55,15 @@ class Refused(Exception):
         self.retry_after_us = retry_after_us
 
 
+DETAIL_CHARS = 500
+
+
 def invalid(detail: str) -> Refused:
-    return Refused(Fault.INVALID_ARGUMENT, detail)
+    """INVALID_ARGUMENT. `detail` may quote what the caller sent: it is cut and made printable, since it ends up in
+    message headers and logs."""
+    if not detail.isprintable():
+        detail = detail.encode("unicode_escape").decode()
+    return Refused(Fault.INVALID_ARGUMENT, detail if len(detail) <= DETAIL_CHARS else f"{detail[:DETAIL_CHARS]}...")
 
 
 def named(name: str) -> Fault:
