@@ -156,10 +156,11 @@ def write(folder: Path, artifact: Artifact, *, overwrite: bool = False) -> Model
     that holds anything else is never touched. Raises ArtifactError: the target is taken, cannot be written, or the
     tensors do not fit the description.
     """
-    spec = _checked(artifact)
+    spec = check_spec(artifact.spec)
+    _check_tensors(artifact)
     folder = folder.absolute()
     with _explained(folder), _beside(folder) as fresh:
-        _refuse_target(folder, overwrite)
+        need_free(folder, overwrite)
         folder.parent.mkdir(parents=True, exist_ok=True)
         fresh.mkdir()
         save_file({name: np.ascontiguousarray(t) for name, t in artifact.tensors.items()}, fresh / WEIGHTS)
@@ -169,6 +170,30 @@ def write(folder: Path, artifact: Artifact, *, overwrite: bool = False) -> Model
         _swap(fresh, folder)
         _sync(folder.parent)
     return spec
+
+
+def check_spec(spec: ModelSpec) -> ModelSpec:
+    """The description as a reader will decode it. Constructors of Structs do not check names and ranges: decoding does.
+
+    Raises ArtifactError for what could not be read back.
+    """
+    return _decode_spec(msgspec.json.encode(spec), MODEL)
+
+
+def need_free(folder: Path, overwrite: bool) -> None:
+    """Raise the ArtifactError that `write` would raise for this target: to ask before hours of work, not after."""
+    if not folder.exists() and not folder.is_symlink():
+        return
+    if not folder.is_dir() or folder.is_symlink():
+        raise ArtifactError(str(folder), "a file or a link", "a free name or a folder", "choose another name")
+    if strangers := sorted(entry.name for entry in folder.iterdir() if entry.name not in (MODEL, WEIGHTS)):
+        raise ArtifactError(
+            str(folder), f"a folder that holds {strangers[0]}", f"only {MODEL} and {WEIGHTS}", "choose another name"
+        )
+    if not overwrite and any(folder.iterdir()):
+        raise ArtifactError(
+            str(folder), "an artifact", "a free name", "choose another name, or overwrite it on purpose (--overwrite)"
+        )
 
 
 def _layers(width: int, outputs: tuple[int, ...]) -> Iterable[tuple[int, int]]:
@@ -220,29 +245,11 @@ def _check_finite(file: str, tensors: Tensors) -> None:
                 _unfit(file, name, f"{flat[at]} at {place}", "finite numbers")
 
 
-def _checked(artifact: Artifact) -> ModelSpec:
-    """The description as a reader will decode it: constructors of Structs do not check ranges, the decoder does."""
-    spec = _decode_spec(msgspec.json.encode(artifact.spec), MODEL)
+def _check_tensors(artifact: Artifact) -> None:
     names = {dtype: name for name, dtype in _DTYPES.items()}
     found = {n: Slot(names.get(t.dtype, str(t.dtype)), t.shape) for n, t in artifact.tensors.items()}
-    _check_slots(WEIGHTS, found, layout(spec))
+    _check_slots(WEIGHTS, found, layout(artifact.spec))
     _check_finite(WEIGHTS, artifact.tensors)
-    return spec
-
-
-def _refuse_target(folder: Path, overwrite: bool) -> None:
-    if not folder.exists() and not folder.is_symlink():
-        return
-    if not folder.is_dir() or folder.is_symlink():
-        raise ArtifactError(str(folder), "a file or a link", "a free name or a folder", "choose another name")
-    if strangers := sorted(entry.name for entry in folder.iterdir() if entry.name not in (MODEL, WEIGHTS)):
-        raise ArtifactError(
-            str(folder), f"a folder that holds {strangers[0]}", f"only {MODEL} and {WEIGHTS}", "choose another name"
-        )
-    if not overwrite and any(folder.iterdir()):
-        raise ArtifactError(
-            str(folder), "an artifact", "a free name", "choose another name, or overwrite it on purpose (--overwrite)"
-        )
 
 
 @contextlib.contextmanager

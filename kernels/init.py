@@ -1,18 +1,42 @@
 """Models with random weights: to try the pipeline, to measure it, to start training from."""
 
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
-from narsil_stream.kernels.artifact import Artifact, Slot, layout, write
+from narsil_stream.kernels.artifact import MODEL, Artifact, ArtifactError, Slot, layout, write
 from narsil_stream.kernels.backend import RaggedBatch
 from narsil_stream.kernels.quantize import convert
 from narsil_stream.kernels.reference import Reference
-from narsil_stream.schemas.model import Architecture, ModelSpec, Preprocessing, Table
+from narsil_stream.schemas.model import CRITEO_SHAPE, Architecture, ModelSpec, Preprocessing, RowType, Table
 
 _CALIBRATION_ROWS = 2048
+
+
+def plain_spec(
+    name: str,
+    dense: int,
+    table_rows: Sequence[int],
+    dim: int,
+    bottom: tuple[int, ...],
+    top: tuple[int, ...],
+    dtype: RowType = "FP32",
+    version: str = "1",
+) -> ModelSpec:
+    """A model with tables C1, C2 ... of the given rows. One of 13 dense features and 26 tables reads Criteo rows.
+
+    `bottom` and `top` are the hidden widths; the bottom MLP ends in `dim`, the top MLP in 1.
+    """
+    return ModelSpec(
+        name=name,
+        architecture=Architecture(dense=dense, dim=dim, bottom=(*bottom, dim), top=(*top, 1)),
+        tables=tuple(Table(name=f"C{i}", rows=rows, dtype=dtype) for i, rows in enumerate(table_rows, start=1)),
+        version=version,
+        preprocessing=Preprocessing() if (dense, len(table_rows)) == CRITEO_SHAPE else None,
+    )
 
 
 def criteo_spec(
@@ -22,24 +46,21 @@ def criteo_spec(
     bottom: tuple[int, ...] = (64,),
     top: tuple[int, ...] = (64, 32),
 ) -> ModelSpec:
-    """A model for Criteo rows: 13 dense features and tables C1 to C26 of `rows` rows each, FP32.
-
-    `bottom` and `top` are the hidden widths; the bottom MLP ends in `dim`, the top MLP in 1.
-    """
-    return ModelSpec(
-        name=name,
-        architecture=Architecture(dense=13, dim=dim, bottom=(*bottom, dim), top=(*top, 1)),
-        tables=tuple(Table(name=f"C{i}", rows=rows) for i in range(1, 27)),
-        preprocessing=Preprocessing(),
-    )
+    """A model for Criteo rows: 13 dense features and 26 tables of `rows` rows each, FP32."""
+    return plain_spec(name, 13, [rows] * 26, dim, bottom, top)
 
 
 def demo_model(folder: Path) -> None:
     """Write the model that `narsil serve` shows on a fresh machine: random weights, 17 MB, the same on every machine.
 
-    Raises ArtifactError when the folder is taken.
+    Leaves an artifact that is there already: several processes may start at once. Raises ArtifactError when the folder
+    holds something else or cannot be written.
     """
-    write(folder, random_model(criteo_spec(), seed=0))
+    try:
+        write(folder, random_model(criteo_spec(), seed=0))
+    except ArtifactError:
+        if not (folder / MODEL).exists():
+            raise
 
 
 def random_model(spec: ModelSpec, seed: int) -> Artifact:

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from narsil_stream.kernels import reference
-from narsil_stream.kernels.artifact import Artifact, read
+from narsil_stream.kernels.artifact import Artifact, ArtifactError, read
 from narsil_stream.kernels.init import criteo_spec, demo_model, random_batch, random_model
 from narsil_stream.kernels.reference import Reference
 from narsil_stream.schemas.model import ModelSpec, RowType
@@ -72,6 +72,17 @@ def test_the_demo_model_is_small_quick_and_complete(tmp_path: Path) -> None:
     assert spec.preprocessing is not None
     assert spec.top_input == 367
     assert sum(path.stat().st_size for path in (tmp_path / "dlrm").iterdir()) < 20_000_000
+
+
+def test_making_the_demo_model_twice_leaves_the_first_and_a_taken_folder_is_refused(tmp_path: Path) -> None:
+    """Several executors start at once on a fresh machine; none may fail, none may replace what another has loaded."""
+    demo_model(tmp_path / "dlrm")
+    before = (tmp_path / "dlrm").stat().st_ino
+    demo_model(tmp_path / "dlrm")
+    assert (tmp_path / "dlrm").stat().st_ino == before
+    (tmp_path / "other").write_text("something else")
+    with pytest.raises(ArtifactError):
+        demo_model(tmp_path / "other")
 
 
 @pytest.mark.parametrize("bag", [None, 5])
