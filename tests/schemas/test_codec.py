@@ -256,7 +256,7 @@ def test_bytes_that_do_not_match_the_shape_are_refused(datatype: str, shape: tup
 
 
 def test_a_tensor_of_nothing_may_still_claim_an_impossible_shape():
-    """0 x 2**53 x 2**53 elements are no bytes, which match; NumPy cannot hold that shape, which is no reason to crash."""
+    """0 x 2**53 x 2**53 elements are no bytes, which match; that NumPy cannot hold such a shape must crash nobody."""
     with pytest.raises(Refused, match="too large"):
         codec.array(Tensor("x", "FP32", (0, 2**53, 2**53), memoryview(b"")))
 
