@@ -4,7 +4,6 @@ Everything that a backend may rely on is checked here, once, before the request 
 says which tensor, at which position, what was found and what was expected.
 """
 
-from collections.abc import Mapping
 from typing import Any
 
 import numpy as np
@@ -12,12 +11,15 @@ from msgspec import Struct
 from numpy.typing import NDArray
 
 from narsil_stream.schemas.codec import array
-from narsil_stream.schemas.errors import invalid
+from narsil_stream.schemas.errors import Refused, invalid
 from narsil_stream.schemas.model import ModelSpec
 from narsil_stream.schemas.wire import InferRequest, Tensor
 
+ONE_HOT = frozenset({"dense", "sparse"})
+MULTI_HOT = frozenset({"dense", "values", "lengths"})
 DENSE_TYPES = ("FP32",)
 ID_TYPES = ("INT32", "INT64")
+LENGTH_TYPES = ("INT32",)
 
 
 class Rows(Struct, frozen=True, gc=False):
@@ -37,89 +39,84 @@ class Rows(Struct, frozen=True, gc=False):
 
 
 class Admission:
-    """The checks for one model."""
+    """The checks for one model. They run on the batcher's event loop, once for each request."""
 
     def __init__(self, spec: ModelSpec) -> None:
         self.spec = spec
-        self._tables = np.array([table.rows for table in spec.tables], np.int64)
-        self._smallest = int(self._tables.min())
+        tables = [table.rows for table in spec.tables]
+        self._smallest = min(tables)
+        # Ids are compared as unsigned numbers, of which the negative ones are the largest: one comparison, both ends.
+        self._limits: dict[str, NDArray[Any]] = {
+            "INT32": np.array(tables, np.uint32),
+            "INT64": np.array(tables, np.uint64),
+        }
 
     def rows(self, request: InferRequest) -> Rows:
         """Raises `Refused(INVALID_ARGUMENT)`."""
-        inputs = self._by_name(request)
-        dense = self._dense(inputs["dense"])
-        count = dense.shape[0]
+        inputs = _by_name(request)
+        dense = inputs["dense"]
+        count = self._check_dense(dense)
         if "sparse" in inputs:
-            ids, lengths = self._one_hot(inputs["sparse"], count), None
-        else:
-            ids, lengths = self._multi_hot(inputs["values"], inputs["lengths"], count)
-        return Rows(count, _bytes(dense), _bytes(ids), None if lengths is None else _bytes(lengths))
+            return Rows(count, dense.data, self._one_hot(inputs["sparse"], count), None)
+        lengths = inputs["lengths"]
+        ids = self._multi_hot(inputs["values"], lengths, count)
+        return Rows(count, dense.data, ids, lengths.data)
 
-    def _by_name(self, request: InferRequest) -> Mapping[str, Tensor]:
-        inputs = {tensor.name: tensor for tensor in request.inputs}
-        names = set(inputs)
-        if len(inputs) != len(request.inputs):
-            raise invalid("an input is given twice; each name may occur once")
-        if names not in ({"dense", "sparse"}, {"dense", "values", "lengths"}):
-            given = ", ".join(f"'{name}'" for name in inputs) or "none"
-            raise invalid(f"inputs are {given}; expected 'dense' and 'sparse', or 'dense', 'values' and 'lengths'")
-        return inputs
-
-    def _dense(self, tensor: Tensor) -> NDArray[np.float32]:
+    def _check_dense(self, tensor: Tensor) -> int:
+        """The number of rows."""
+        _expect_type(tensor, DENSE_TYPES)
         width = self.spec.n_dense
-        _expect(tensor, DENSE_TYPES)
         if len(tensor.shape) != 2 or tensor.shape[1] != width:
             raise invalid(f"input 'dense' has shape {list(tensor.shape)}; expected [rows, {width}]")
         if tensor.shape[0] == 0:
             raise invalid("input 'dense' has 0 rows; expected at least 1")
-        values: NDArray[np.float32] = array(tensor)
+        values = array(tensor)
         finite = np.isfinite(values)
-        if not finite.all():
-            row, column = np.argwhere(~finite)[0]
+        if not _all(finite):
+            row, column = _first(~finite)
             raise invalid(f"input 'dense' [{row}, {column}] is {values[row, column]}; expected a finite number")
-        return values
+        return tensor.shape[0]
 
-    def _one_hot(self, tensor: Tensor, count: int) -> NDArray[np.int32]:
-        _expect(tensor, ID_TYPES)
-        if tensor.shape != (count, self.spec.n_sparse):
-            raise invalid(
-                f"input 'sparse' has shape {list(tensor.shape)}; expected [{count}, {self.spec.n_sparse}]"
-                " (rows of 'dense', tables)"
-            )
+    def _one_hot(self, tensor: Tensor, count: int) -> memoryview:
+        """The ids as INT32."""
+        _expect_type(tensor, ID_TYPES)
+        self._expect_shape(tensor, count)
         ids = array(tensor)
-        if ids.min() < 0 or ids.max() >= self._smallest:
-            wrong = np.argwhere((ids < 0) | (ids >= self._tables))
-            if len(wrong):
-                row, table = wrong[0]
-                raise self._out_of_range(f"'sparse' [{row}, {table}]", ids[row, table], int(table))
-        return ids.astype(np.int32, copy=False)
+        limits = self._limits[tensor.dtype]
+        fits = ids.view(limits.dtype) < limits
+        if not _all(fits):
+            row, table = _first(~fits)
+            raise self._out_of_range(f"'sparse' [{row}, {table}]", ids[row, table], table)
+        return _as_int32(tensor, ids)
 
-    def _multi_hot(self, values: Tensor, lengths: Tensor, count: int) -> tuple[NDArray[np.int32], NDArray[np.int32]]:
-        _expect(values, ID_TYPES)
-        _expect(lengths, ("INT32",))
-        if lengths.shape != (count, self.spec.n_sparse):
+    def _multi_hot(self, values: Tensor, lengths: Tensor, count: int) -> memoryview:
+        """The ids as INT32."""
+        _expect_type(values, ID_TYPES)
+        _expect_type(lengths, LENGTH_TYPES)
+        self._expect_shape(lengths, count)
+        if len(values.shape) != 1:
+            raise invalid(f"input 'values' has shape {list(values.shape)}; expected [ids]")
+        ids, bags = array(values), array(lengths)
+        _check_lengths(bags, len(ids))
+        limits = self._limits[values.dtype]
+        unsigned = ids.view(limits.dtype)
+        if len(ids) and np.maximum.reduce(unsigned) >= self._smallest:
+            fits = unsigned < limits[None].repeat(count, axis=0).reshape(-1).repeat(bags.reshape(-1))
+            if not _all(fits):
+                (at,) = _first(~fits)
+                bag = int(np.searchsorted(np.cumsum(bags, dtype=np.int64), at, side="right"))
+                raise self._out_of_range(f"'values' [{at}]", ids[at], bag % self.spec.n_sparse)
+        return _as_int32(values, ids)
+
+    def _expect_shape(self, tensor: Tensor, count: int) -> None:
+        expected = (count, self.spec.n_sparse)
+        if tensor.shape != expected:
             raise invalid(
-                f"input 'lengths' has shape {list(lengths.shape)}; expected [{count}, {self.spec.n_sparse}]"
+                f"input '{tensor.name}' has shape {list(tensor.shape)}; expected {list(expected)}"
                 " (rows of 'dense', tables)"
             )
-        if len(values.shape) != 1:
-            raise invalid(f"input 'values' has shape {list(values.shape)}; expected one dimension")
-        ids, bags = array(values), array(lengths)
-        if bags.min() < 0:
-            row, table = np.argwhere(bags < 0)[0]
-            raise invalid(f"input 'lengths' [{row}, {table}] is {bags[row, table]}; expected 0 or more")
-        total = int(bags.sum(dtype=np.int64))
-        if total != len(ids):
-            raise invalid(f"input 'lengths' adds up to {total}; 'values' has {len(ids)} ids")
-        if len(ids) and (ids.min() < 0 or ids.max() >= self._smallest):
-            tables = np.repeat(np.tile(np.arange(self.spec.n_sparse), count), bags.reshape(-1))
-            wrong = np.flatnonzero((ids < 0) | (ids >= self._tables[tables]))
-            if len(wrong):
-                at = int(wrong[0])
-                raise self._out_of_range(f"'values' [{at}]", ids[at], int(tables[at]))
-        return ids.astype(np.int32, copy=False), bags
 
-    def _out_of_range(self, where: str, found: Any, table: int) -> Exception:
+    def _out_of_range(self, where: str, found: Any, table: int) -> Refused:
         of = self.spec.tables[table]
         return invalid(f"input {where} is {found}; expected an id from 0 to {of.rows - 1} (table '{of.name}')")
 
@@ -129,9 +126,43 @@ def one_hot_lengths(rows: Rows, n_sparse: int) -> memoryview:
     return rows.lengths if rows.lengths is not None else _bytes(np.ones(rows.count * n_sparse, np.int32))
 
 
-def _expect(tensor: Tensor, types: tuple[str, ...]) -> None:
+def _by_name(request: InferRequest) -> dict[str, Tensor]:
+    inputs = {tensor.name: tensor for tensor in request.inputs}
+    if len(inputs) != len(request.inputs):
+        raise invalid("an input is given twice; each name may occur once")
+    if inputs.keys() not in (ONE_HOT, MULTI_HOT):
+        given = ", ".join(f"'{name}'" for name in inputs) or "none"
+        raise invalid(f"inputs are {given}; expected 'dense' and 'sparse', or 'dense', 'values' and 'lengths'")
+    return inputs
+
+
+def _expect_type(tensor: Tensor, types: tuple[str, ...]) -> None:
     if tensor.dtype not in types:
-        raise invalid(f"input '{tensor.name}' has datatype {tensor.dtype!r}; expected {' or '.join(types)}")
+        raise invalid(f"input '{tensor.name}' has datatype '{tensor.dtype}'; expected {' or '.join(types)}")
+
+
+def _check_lengths(bags: NDArray[np.int32], ids: int) -> None:
+    # Unsigned, a negative length counts more than 2**31 ids, so that one sum checks both.
+    if np.add.reduce(bags.view(np.uint32), axis=None, dtype=np.uint64) == ids:
+        return
+    negative = bags < 0
+    if negative.any():
+        row, table = _first(negative)
+        raise invalid(f"input 'lengths' [{row}, {table}] is {bags[row, table]}; expected 0 or more")
+    raise invalid(f"input 'lengths' adds up to {bags.sum(dtype=np.int64)}; 'values' has {ids} ids")
+
+
+def _all(good: NDArray[np.bool_]) -> bool:
+    return bool(np.count_nonzero(good) == good.size)  # a third of the time of `good.all()`
+
+
+def _first(bad: NDArray[np.bool_]) -> tuple[int, ...]:
+    """Where the first one is."""
+    return tuple(map(int, np.unravel_index(np.argmax(bad), bad.shape)))
+
+
+def _as_int32(tensor: Tensor, ids: NDArray[Any]) -> memoryview:
+    return tensor.data if tensor.dtype == "INT32" else _bytes(ids.astype(np.int32))
 
 
 def _bytes(values: NDArray[Any]) -> memoryview:
