@@ -5,6 +5,7 @@ A row is [label,] I1 ... I13, C1 ... C26; an empty field is a missing value. Int
 """
 
 from collections.abc import Iterator, Sequence
+from io import BufferedReader
 from typing import BinaryIO
 
 import numpy as np
@@ -139,16 +140,20 @@ class Parser:
     def _misshapen(self, line: int, fields: int, size: int) -> BadRow:
         if size > MAX_LINE_BYTES:
             return BadRow(line, "row", f"more than {MAX_LINE_BYTES} bytes", "a row of a few hundred bytes")
-        known = {None: "40 (with a label) or 39", _LABELLED: "40, as in the rows before", _UNLABELLED: "39"}
+        known = {None: "40 (with a label) or 39", _LABELLED: "40 (with a label)", _UNLABELLED: "39 (without a label)"}
         return BadRow(line, "row", f"{fields} fields", f"{known[self._fields]}, separated by TAB")
 
 
 def read(
     stream: BinaryIO, table_rows: Sequence[int], labelled: bool | None = None, piece_bytes: int = 1 << 18
 ) -> Iterator[Rows]:
-    """Parse a file, a pipe or standard input piece by piece, in constant memory."""
+    """Parse a file, a pipe or standard input piece by piece, in constant memory.
+
+    A pipe's rows come as soon as they are there, in pieces of up to `piece_bytes`.
+    """
     parser = Parser(table_rows, labelled)
-    while piece := stream.read(piece_bytes):
+    take = stream.read1 if isinstance(stream, BufferedReader) else stream.read
+    while piece := take(piece_bytes):
         yield parser.feed(piece)
     yield parser.finish()
 

@@ -1,4 +1,3 @@
-import os
 import sys
 from pathlib import Path
 
@@ -136,11 +135,8 @@ def test_without_torch_the_message_says_how_to_get_it(tmp_path: Path, monkeypatc
 
 
 @pytest.mark.usefixtures("torch")
-def test_real_rows_train(tmp_path: Path) -> None:
+def test_real_rows_train(real_rows: Path, tmp_path: Path) -> None:
     """Synthetic rows have only the oddities that somebody thought of."""
-    folder = os.environ.get("NARSIL_TEST_DATA")
-    if not folder:
-        pytest.skip("real click rows are not shipped: name their folder in NARSIL_TEST_DATA")
-    spec = train(Path(folder) / "criteo_rows.tsv", tmp_path / "model", SPEC, Settings(epochs=3), unwatched)
+    spec = train(real_rows / "criteo_rows.tsv", tmp_path / "model", SPEC, Settings(epochs=3), unwatched)
     assert spec.metrics["train_rows"] + spec.metrics["holdout_rows"] == 300
     assert spec.metrics["log_loss"] < 1
