@@ -157,9 +157,14 @@ class Batcher(Actor[Message]):
         self._send_answers()
         self._beat(now_us())
         self._catalogue.stop()
-        for subject in (subjects.batcher(self.name), subjects.EXECUTOR_BEAT, subjects.HELLO,
-                        subjects.describe(self.name), f"{subjects.INFER}.>"):  # fmt: skip
-            await self._bus.unsubscribe(subject)
+        heard = (
+            subjects.batcher(self.name),
+            subjects.EXECUTOR_BEAT,
+            subjects.HELLO,
+            subjects.describe(self.name),
+            f"{subjects.INFER}.>",
+        )
+        await asyncio.gather(*(self._bus.unsubscribe(subject) for subject in heard))
 
     def endpoints(self) -> list[EndpointStats]:
         return [self._stats]

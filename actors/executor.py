@@ -141,9 +141,8 @@ class Executor(Actor[Message]):
     async def stop(self) -> None:
         self._phase = "gone"
         self._beat(now_us())
-        for subject in (subjects.executor(self.name), subjects.BATCHER_BEAT, subjects.HELLO,
-                        subjects.describe(self.name)):  # fmt: skip
-            await self._bus.unsubscribe(subject)
+        heard = (subjects.executor(self.name), subjects.BATCHER_BEAT, subjects.HELLO, subjects.describe(self.name))
+        await asyncio.gather(*(self._bus.unsubscribe(subject) for subject in heard))
         await asyncio.get_running_loop().run_in_executor(None, self._unload)
 
     def _unload(self) -> None:

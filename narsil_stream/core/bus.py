@@ -46,6 +46,7 @@ class Bus:
         self._outbox_bytes = 0
         self._filled = asyncio.Event()
         self._sender: asyncio.Task[None] | None = None
+        self._closing = False
         self.on_lost: list[Callable[[], None]] = []
         """Called when the connection breaks: what is under way over it may be lost."""
         self.on_back: list[Callable[[], None]] = []
@@ -143,7 +144,7 @@ class Bus:
         """Stop taking; what the server has already sent is still handled before this returns."""
         self._local.pop(subject, None)
         subscription = self._subscriptions.pop(subject, None)
-        if subscription is None:
+        if subscription is None or not self.connected:
             return
         try:
             await asyncio.wait_for(subscription.drain(), 1.0)
@@ -171,10 +172,12 @@ class Bus:
             log.info("the broker did not confirm the last messages")
 
     async def close(self) -> None:
-        if self._sender is not None:
-            self._sender.cancel()
-            await asyncio.gather(self._sender, return_exceptions=True)
+        if self._sender is None:
+            return  # never connected
+        self._sender.cancel()
+        await asyncio.gather(self._sender, return_exceptions=True)
         self._outbox.clear()
+        self._closing = True
         await self._nats.close()
 
     async def _send_all(self) -> None:
@@ -242,6 +245,8 @@ class Bus:
     async def _on_disconnected(self) -> None:
         self._outbox.clear()
         self._outbox_bytes = 0
+        if self._closing:
+            return
         log.warning("lost the broker at %s", self.where)
         for callback in self.on_lost:
             callback()
@@ -252,7 +257,8 @@ class Bus:
             callback()
 
     async def _on_closed(self) -> None:
-        self.closed.set()
+        if not self._closing:
+            self.closed.set()
 
     async def _on_lame_duck(self) -> None:
         log.info("the broker is going away: moving to another server")

@@ -29,7 +29,7 @@ RETRY_MOST_S = 0.5
 class Client:
     """Asyncio client. Use as `async with Client("nats://127.0.0.1:4222") as client`.
 
-    One connection for all requests; call `score` from as many tasks as you like. Entering raises `Refused` without a broker.
+    One connection for all requests; call `score` from as many tasks as you like. Raises `Refused` without a broker.
     """
 
     def __init__(self, nats: str | NatsConfig = "nats://127.0.0.1:4222", *, connect_timeout_s: float = 5.0) -> None:
@@ -66,8 +66,8 @@ class Client:
         """Scores [rows] FP32 of one request.
 
         dense: [rows, n_dense], made FP32. One-hot: sparse [rows, n_sparse] integers. Multi-hot: values [N] integers
-        with lengths [rows, n_sparse], batch-major. budget_s: seconds for all tries together. priority: 1 is the most urgent,
-        0 the server's default. With `retry` a request is sent again while the error says that this helps.
+        with lengths [rows, n_sparse], batch-major. budget_s: seconds for all tries together. priority: 1 is the most
+        urgent, 0 the server's default. With `retry` a request is sent again while the error says that this helps.
         Raises `Refused`, whose `fault` is a row of the error table.
         """
         request = make_request(dense, sparse, values, lengths, priority=priority)

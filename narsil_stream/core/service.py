@@ -1,5 +1,6 @@
 """NATS's service API for actors: `nats micro ping|info|stats` sees them. The message types are nats-py's own."""
 
+import asyncio
 import json
 from collections.abc import Callable
 from datetime import UTC, datetime
@@ -42,8 +43,7 @@ class ServiceApi:
             await self._bus.subscribe(subject, self._on_message)
 
     async def stop(self) -> None:
-        for subject in self._answers:
-            await self._bus.unsubscribe(subject)
+        await asyncio.gather(*(self._bus.unsubscribe(subject) for subject in self._answers))
 
     def _on_message(self, message: Msg) -> None:
         if message.reply:

@@ -5,10 +5,14 @@ import gc
 import time
 from collections.abc import Callable
 
-from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, generate_latest
+from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, disable_created_metrics, generate_latest
 from prometheus_client.gc_collector import GCCollector
 from prometheus_client.platform_collector import PlatformCollector
 from prometheus_client.process_collector import ProcessCollector
+
+from narsil_stream.schemas.errors import Fault, named
+
+disable_created_metrics()
 
 SECONDS = (50e-6, 100e-6, 200e-6, 500e-6, 1e-3, 2e-3, 5e-3, 10e-3, 20e-3, 50e-3, 0.1, 0.2, 0.5, 1, 2, 5, 10)
 ROWS = tuple(2**i for i in range(15))
@@ -104,6 +108,14 @@ class RequestMetrics:
     def ended_badly(self, fault: str) -> None:
         """Accepted, but not scored: its budget ran out, the caller left, or nobody could score it."""
         self._end("expired" if fault == "DEADLINE_EXCEEDED" else "failed", fault)
+
+    def by_fault(self, fault: str) -> None:
+        """For who only sees the answer: a gateway."""
+        row = named(fault)
+        if row in (Fault.DEADLINE_EXCEEDED, Fault.CANCELLED, Fault.INTERNAL, Fault.UNAVAILABLE):
+            self.ended_badly(fault)
+        else:
+            self.refused(fault)
 
     def _end(self, outcome: str, fault: str) -> None:
         self._ended[outcome].inc()

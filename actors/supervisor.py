@@ -1,0 +1,212 @@
+"""`narsil serve`: broker, executors, batchers and gateways as processes of this machine, from start to drained stop."""
+
+import asyncio
+import logging
+import os
+import signal
+import sys
+import time
+from collections.abc import Callable, Coroutine, Iterator
+from typing import Any
+
+import msgspec
+from msgspec.structs import replace
+
+from narsil_stream.actors.processes import Child
+from narsil_stream.core import broker
+from narsil_stream.core.bus import Bus
+from narsil_stream.core.config import Config, child_environ
+from narsil_stream.core.exposition import MetricsServer
+from narsil_stream.core.ports import free_port
+from narsil_stream.core.requester import Requester
+from narsil_stream.schemas import subjects
+from narsil_stream.schemas.errors import Refused
+from narsil_stream.schemas.internal import ModelCard, Report
+
+log = logging.getLogger(__name__)
+
+READY_TIMEOUT = 120.0
+"""Seconds for all to be ready: a large model takes its time to load."""
+KILL_MARGIN = 5.0
+
+_decode_report = msgspec.msgpack.Decoder(Report).decode
+
+
+class StartFailed(Exception):
+    """Why the system did not come up."""
+
+
+class Supervisor:
+    """`run` from start to end. `on_ready` is called once with what is served, when requests would be answered."""
+
+    def __init__(self, config: Config, on_ready: Callable[["Supervisor", list[ModelCard]], None]) -> None:
+        self.config = config
+        self._on_ready = on_ready
+        self.children: list[Child] = []
+        self.reports: dict[int, dict[str, Report]] = {}
+        """By pid and actor."""
+        self._stop = asyncio.Event()
+        self._failed = ""
+
+    async def run(self) -> int:
+        """The exit code. Raises `PortTaken`, `StartFailed`."""
+        self._listen_to_signals()
+        self.config = self._with_free_ports(self.config)
+        metrics = MetricsServer(
+            self.config.metrics.host, self.config.metrics.port, self._all_reports, lambda: self.health()
+        )
+        bus = Bus(self.config.nats, "narsil-serve")
+        try:
+            metrics.start()
+            cards = await self._unless_stopped(self._bring_up(bus))
+            if cards:
+                self._on_ready(self, cards)
+            await self._stop.wait()
+            return 1 if self._failed else 0
+        finally:
+            await self._stop_children("gateway", "batcher", "executor")
+            await bus.close()
+            await self._stop_children("broker")
+            metrics.stop()
+
+    def health(self) -> dict[str, Any]:
+        """Each process: what it is, whether it runs, what it says of itself."""
+        rows = [row for child in self.children for row in self._rows(child)]
+        return {"healthy": bool(rows) and all(row["state"] == "up" for row in rows), "actors": rows}
+
+    def _rows(self, child: Child) -> Iterator[dict[str, Any]]:
+        reports = self.reports.get(child.pid, {}) if child.running else {}
+        common = {"process": child.label, "pid": child.pid, "restarts": child.restarts}
+        if child.kind == "broker":
+            detail = f"nats://{self.config.nats.host}:{self.config.nats.port}"
+            yield {"kind": child.kind, "actor": child.label, "state": "up" if child.running else "down",
+                   "detail": detail, **common}  # fmt: skip
+        elif reports:
+            for report in reports.values():
+                yield {"kind": report.kind, "actor": report.actor, "state": report.state,
+                       "detail": report.detail, **common}  # fmt: skip
+        else:
+            state = "given up" if child.gave_up else "starting" if child.running else "down"
+            yield {"kind": child.kind, "actor": child.label, "state": state, "detail": "", **common}
+
+    # Start
+
+    @staticmethod
+    def _with_free_ports(config: Config) -> Config:
+        """Each port checked before anything runs; 0 becomes a free one. Raises `PortTaken`."""
+        http = replace(config.http, port=free_port(config.http.host, config.http.port, "http.port"))
+        metrics = replace(config.metrics, port=free_port(config.metrics.host, config.metrics.port, "metrics.port"))
+        nats = config.nats if config.nats.url else broker.resolve(config.nats)
+        return replace(config, http=http, metrics=metrics, nats=nats)
+
+    async def _bring_up(self, bus: Bus) -> list[ModelCard]:
+        """What is served, once every process is up. Raises `StartFailed`."""
+        await self._start_broker()
+        await self._connect(bus)
+        await bus.listen(subjects.REPORT, self._on_report, _decode_report)
+        await self._start_children()
+        return await self._all_ready(bus)
+
+    async def _start_broker(self) -> None:
+        nats = self.config.nats
+        if nats.url:
+            return
+        command = broker.tied(os.getpid(), *broker.command(self.config.data_dir, nats), "--log", os.devnull)
+        await self._start(Child("broker", "broker", command, dict(os.environ)))
+        if not await broker.wait_listening(nats.host, nats.port, 10.0):
+            raise StartFailed(f"the broker did not start to listen on {nats.host}:{nats.port} within 10 s")
+
+    async def _connect(self, bus: Bus) -> None:
+        try:
+            await bus.connect()
+        except Refused as refused:
+            raise StartFailed(refused.detail) from None
+
+    async def _start_children(self) -> None:
+        config, environ = self.config, child_environ(self.config, os.environ)
+        share = ["--share-port"] if config.http.processes > 1 else []
+        parts: list[tuple[str, int, list[str]]] = [
+            ("executor", config.executor.executors, []),
+            ("batcher", config.batch.batchers, []),
+            ("gateway", config.http.processes, share),
+        ]
+        if config.mode == "inline":
+            parts = [("gateway", 1, [])]
+        for kind, count, options in parts:
+            for number in range(1, count + 1):
+                label = kind if count == 1 else f"{kind} {number}"
+                command = [sys.executable, "-m", "narsil_stream.cli", kind, "--watch-stdin", *options]
+                await self._start(Child(label, kind, command, environ))
+
+    async def _start(self, child: Child) -> None:
+        self.children.append(child)
+        child.on_started = self._forget_reports
+        await child.start(self._given_up)
+
+    async def _all_ready(self, bus: Bus) -> list[ModelCard]:
+        requester = Requester(self.config, bus)
+        await requester.start()
+        deadline = time.monotonic() + READY_TIMEOUT
+        try:
+            while not (self.health()["healthy"] and requester.ready):
+                if time.monotonic() > deadline:
+                    waiting = [row["actor"] for row in self.health()["actors"] if row["state"] != "up"]
+                    raise StartFailed(f"not ready after {READY_TIMEOUT:.0f} s: {', '.join(waiting) or 'no model'}")
+                await asyncio.sleep(0.05)
+            return [await requester.card(ref.name, ref.version) for ref in requester.models()]
+        finally:
+            await requester.stop()
+
+    async def _unless_stopped(self, starting: Coroutine[Any, Any, list[ModelCard]]) -> list[ModelCard]:
+        """What `starting` returns, or nothing when a stop is asked for meanwhile."""
+        task = asyncio.create_task(starting, name="bring up")
+        stop = asyncio.create_task(self._stop.wait())
+        await asyncio.wait((task, stop), return_when=asyncio.FIRST_COMPLETED)
+        stop.cancel()
+        if task.done():
+            return task.result()
+        task.cancel()
+        await asyncio.gather(task, return_exceptions=True)
+        if self._failed:
+            raise StartFailed(self._failed)
+        return []
+
+    # Reports
+
+    def _forget_reports(self, child: Child) -> None:
+        """Of an earlier process with the same pid."""
+        self.reports.pop(child.pid, None)
+
+    def _on_report(self, report: Report) -> None:
+        self.reports.setdefault(report.pid, {})[report.actor] = report
+        if report.state == "stopped":
+            self.reports[report.pid].pop(report.actor, None)
+
+    def _all_reports(self) -> list[Report]:
+        alive = {child.pid for child in self.children if child.running}
+        return [report for pid, of in list(self.reports.items()) if pid in alive for report in list(of.values())]
+
+    # Stop
+
+    def _listen_to_signals(self) -> None:
+        loop = asyncio.get_running_loop()
+        for number in (signal.SIGTERM, signal.SIGINT):
+            loop.add_signal_handler(number, self._on_signal)
+
+    def _on_signal(self) -> None:
+        if self._stop.is_set():
+            log.warning("asked twice: killing what is left")
+            for child in self.children:
+                child.kill()
+        self._stop.set()
+
+    def _given_up(self, child: Child) -> None:
+        self._failed = f"{child.label} could not be kept running; its last messages above say why"
+        log.error("%s", self._failed)
+        self._stop.set()
+
+    async def _stop_children(self, *kinds: str) -> None:
+        """In this order: whoever goes can still talk to those it needs."""
+        timeout = self.config.timing.drain_ms / 1e3 + KILL_MARGIN
+        for kind in kinds:
+            await asyncio.gather(*(child.stop(timeout) for child in self.children if child.kind == kind))

@@ -1,0 +1,3 @@
+from narsil_stream.cli import main
+
+main()

@@ -1,0 +1,149 @@
+"""`narsil broker|gateway|batcher|executor`: one part of the system, against any NATS server."""
+
+import os
+import sys
+from collections.abc import Awaitable, Callable
+from pathlib import Path
+from typing import Any
+
+import rich_click as click
+import uvloop
+
+from narsil_stream.cli.options import config_options
+from narsil_stream.core import logs
+from narsil_stream.core.config import Config, Loaded
+from narsil_stream.core.ports import PortTaken
+from narsil_stream.core.runtime import Runtime
+from narsil_stream.schemas.errors import Refused
+
+Start = Callable[[Runtime], Awaitable[Any]]
+
+watch_stdin = click.option(
+    "--watch-stdin", is_flag=True, hidden=True, help="Stop when stdin ends: the parent process is gone."
+)
+
+
+@click.command()
+@config_options(
+    "nats.host", "nats.port", "nats.user", "nats.password", "nats.token", "nats.max_payload_bytes", "data_dir"
+)
+def broker(loaded: Loaded) -> None:
+    """Run a NATS broker: the nats-server binary that is installed with this package, with fitting limits.
+
+    Example: narsil broker --nats-host 0.0.0.0 --nats-user narsil --nats-password secret
+    """
+    from narsil_stream.core import broker as own
+
+    try:
+        nats = own.resolve(loaded.config.nats)
+        command = own.command(loaded.config.data_dir, nats)
+    except (PortTaken, OSError) as error:
+        raise click.ClickException(str(error)) from None
+    os.execv(command[0], command)  # signals, logs and the exit status are nats-server's own
+
+
+@click.command()
+@config_options()
+@click.option("--share-port", is_flag=True, help="Let several gateway processes listen on one port (SO_REUSEPORT).")
+@watch_stdin
+def gateway(loaded: Loaded, share_port: bool, watch_stdin: bool) -> None:
+    """Run an HTTP gateway: Open Inference Protocol in, NATS behind. With `--mode inline` a batcher and an executor too.
+
+    Example: narsil gateway --nats-url nats://broker:4222 --http-host 0.0.0.0 --http-port 8000
+    """
+    inline = loaded.config.mode == "inline"
+    if inline:
+        _limit_threads(loaded.config.executor.threads)
+
+    async def start(runtime: Runtime) -> None:
+        if inline:
+            await _start_executor(runtime)
+            await _start_batcher(runtime)
+        await _start_gateway(runtime, share_port)
+
+    _run(loaded.config, "inline" if inline else "gateway", start, watch_stdin)
+
+
+@click.command()
+@config_options("mode", "nats", "batch", "timing")
+@watch_stdin
+def batcher(loaded: Loaded, watch_stdin: bool) -> None:
+    """Run a batcher: it coalesces requests into batches, by deadline, for the executors.
+
+    Example: narsil batcher --nats-url nats://broker:4222
+    """
+    _run(loaded.config, "batcher", _start_batcher, watch_stdin)
+
+
+@click.command()
+@config_options("model", "backend", "nats", "executor", "timing", "batch.max_rows", "data_dir")
+@watch_stdin
+def executor(loaded: Loaded, watch_stdin: bool) -> None:
+    """Run an executor: it loads a model and computes batches.
+
+    Example: narsil executor --nats-url nats://broker:4222 --model models/ctr
+    """
+    _limit_threads(loaded.config.executor.threads)
+    _run(loaded.config, "executor", _start_executor, watch_stdin)
+
+
+async def _start_gateway(runtime: Runtime, share_port: bool) -> None:
+    from narsil_stream.gateways.http import HttpGateway
+
+    await runtime.start(lambda: HttpGateway(runtime.config, runtime.bus, share_port))
+
+
+async def _start_batcher(runtime: Runtime) -> None:
+    from narsil_stream.actors.batcher import Batcher
+
+    await runtime.start(lambda: Batcher(runtime.config, runtime.bus))
+
+
+async def _start_executor(runtime: Runtime) -> None:
+    from narsil_stream.actors.executor import Executor, load
+    from narsil_stream.kernels import families
+
+    config = runtime.config
+    choice = families.choose(config.backend)
+    artifact = Path(config.model) if config.model else demo_model(config)
+    await runtime.start(lambda: Executor(config, runtime.bus, lambda: [load(artifact, choice.load)]))
+
+
+def demo_model(config: Config) -> Path:
+    """The demo model's folder, made if it is not there."""
+    folder = Path(config.data_dir) / "models" / "dlrm"
+    if not (folder / "model.json").exists():
+        from narsil_stream.kernels.init import demo_model as make
+
+        folder.parent.mkdir(parents=True, exist_ok=True)
+        make(folder)
+    return folder
+
+
+def _limit_threads(threads: int) -> None:
+    """Must come before NumPy is imported: its libraries read these once."""
+    if threads and "numpy" not in sys.modules:
+        for variable in ("OMP_NUM_THREADS", "OPENBLAS_NUM_THREADS", "MKL_NUM_THREADS"):
+            os.environ[variable] = str(threads)
+
+
+def _run(config: Config, role: str, start: Start, watch_stdin: bool) -> None:
+    """Run actors until they are told to stop. What keeps them from starting is one message and exit status 1."""
+    logs.setup(config.log_level, config.log_format, role)
+
+    async def life() -> int:
+        async with Runtime(config, role) as runtime:
+            await start(runtime)
+            return await runtime.until_stopped(watch_stdin)
+
+    from narsil_stream.kernels.artifact import ArtifactError
+
+    try:
+        code = uvloop.run(life())
+    except (PortTaken, ArtifactError) as error:
+        raise click.ClickException(str(error)) from None
+    except Refused as refused:
+        raise click.ClickException(refused.detail) from None
+    except KeyboardInterrupt:
+        code = 130
+    sys.exit(code)
