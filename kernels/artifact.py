@@ -166,6 +166,7 @@ def write(folder: Path, artifact: Artifact, *, overwrite: bool = False) -> Model
         save_file({name: np.ascontiguousarray(t) for name, t in artifact.tensors.items()}, fresh / WEIGHTS)
         spec = msgspec.structs.replace(spec, files={WEIGHTS: _sha256(fresh / WEIGHTS)})
         (fresh / MODEL).write_bytes(msgspec.json.format(msgspec.json.encode(spec), indent=2) + b"\n")
+        (fresh / WEIGHTS).chmod((fresh / MODEL).stat().st_mode)  # safetensors makes files for their owner alone
         _sync(fresh / WEIGHTS, fresh / MODEL, fresh)
         _swap(fresh, folder)
         _sync(folder.parent)

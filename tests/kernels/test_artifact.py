@@ -287,4 +287,5 @@ def test_an_artifact_is_readable_for_others_as_the_umask_says(tmp_path: Path, mo
         write(tmp_path / "model", model)
     finally:
         os.umask(old)
-    assert (tmp_path / "model").stat().st_mode & 0o777 == 0o755
+    modes = {path.name: path.stat().st_mode & 0o777 for path in (tmp_path / "model", *(tmp_path / "model").iterdir())}
+    assert modes == {"model": 0o755, MODEL: 0o644, WEIGHTS: 0o644}
