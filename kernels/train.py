@@ -54,7 +54,7 @@ class Progress(Struct, frozen=True):
     rows: int
     """Rows that went through in this stage."""
     loss: float
-    """Log loss of the latest rows, before they changed the weights."""
+    """Log loss of the latest rows, before they changed the weights; 0 before the first."""
 
 
 Watch = Callable[[Progress], None]
@@ -98,7 +98,7 @@ def train(
 
 def _fit(network: "_Network", data: Path, spec: ModelSpec, settings: Settings, watch: Watch) -> int:
     """Returns the number of rows in one pass."""
-    rows = 0
+    rows, loss = 0, 0.0
     rng = np.random.default_rng(settings.seed)
     for epoch in range(settings.epochs):
         rows = 0
@@ -111,8 +111,9 @@ def _fit(network: "_Network", data: Path, spec: ModelSpec, settings: Settings, w
             rows += len(order)
             if not np.isfinite(losses).all():
                 raise TrainError(f"the loss became infinite within {rows} rows. Next: a lower learning rate.")
+            loss = float(np.mean(losses)) if losses else loss
             done = (epoch + piece.done) / (settings.epochs + 1)
-            watch(Progress(f"epoch {epoch + 1}/{settings.epochs}", done, rows, float(np.mean(losses or [0]))))
+            watch(Progress(f"epoch {epoch + 1}/{settings.epochs}", done, rows, loss))
         if not rows:
             raise TrainError(f"{data}: found no rows to train on. Next: a file with labelled rows.")
     return rows
@@ -123,7 +124,7 @@ def _measure(data: Path, artifact: Artifact, settings: Settings, watch: Watch) -
     backend = Reference(artifact)
     seen: list[NDArray[np.float32]] = []
     given: list[NDArray[np.float32]] = []
-    rows = skipped = 0
+    rows, skipped, loss = 0, 0, 0.0
     for piece in _pieces(data, artifact.spec, settings, held_out=True):
         part = np.empty(len(piece.labels), np.float32)
         backend.run(RaggedBatch(piece.dense, piece.sparse.reshape(-1)), part)
@@ -131,8 +132,8 @@ def _measure(data: Path, artifact: Artifact, settings: Settings, watch: Watch) -
         given.append(part)
         rows += len(part)
         skipped += piece.skipped
-        done = (settings.epochs + piece.done) / (settings.epochs + 1)
-        watch(Progress("measuring", done, rows, log_loss(piece.labels, part) or 0.0))
+        loss = log_loss(piece.labels, part) or loss
+        watch(Progress("measuring", (settings.epochs + piece.done) / (settings.epochs + 1), rows, loss))
     labels, scores = np.concatenate(seen), np.concatenate(given)
     found = {"auc": auc(labels, scores), "log_loss": log_loss(labels, scores)}
     counts = {"holdout_rows": float(rows), "skipped_rows": float(skipped)}
