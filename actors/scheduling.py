@@ -54,10 +54,11 @@ class Group:
 
 @dataclass(slots=True, eq=False)
 class Flight:
-    """One sending of a group."""
+    """One sending of a group: `tickets` in the order of this batch's rows, whatever the group loses meanwhile."""
 
     batch: int
     group: Group
+    tickets: list[Ticket]
     executor: str
     slot: Slot
     sent_us: int
@@ -227,9 +228,10 @@ class Scheduler:
         if len(result.scores):
             self.times.observe(group.model, group.rows, result.service_us)
             group.done = True
-            return group.tickets, []
+            return flight.tickets, []
         if not result.fault:
             group.sends -= 1
+            group.avoid.discard(executor.id)  # it is alive, and has not run it
             return [], self._again(group)
         return [], self._failed(group, result)
 
@@ -453,7 +455,9 @@ class Scheduler:
         ahead = sum(self.times.predict(f.group.model, f.group.rows) for f in executor.flights.values())
         patience = max(int(self.rules.failover_factor * (ahead + predicted)), self.rules.failover_floor_us)
         overdue_us = now_us + (patience if predicted else max(patience, self.rules.lease_us))
-        executor.flights[self._batches] = Flight(self._batches, group, executor.id, slot, now_us, overdue_us)
+        executor.flights[self._batches] = Flight(
+            self._batches, group, group.tickets, executor.id, slot, now_us, overdue_us
+        )
         budget_us = max(ticket.deadline_us for ticket in group.tickets) - now_us
         demand = self._demand(executor, now_us)
         return Dispatch(
