@@ -6,6 +6,7 @@ import struct
 import zipfile
 import zlib
 from collections.abc import Iterator, Mapping
+from io import FileIO
 from itertools import pairwise
 from typing import Any, BinaryIO, Protocol
 
@@ -95,17 +96,17 @@ class Source(Protocol):
 class CriteoText:
     """TAB-separated rows of a file, a pipe or a terminal."""
 
-    def __init__(self, descriptor: int, spec: ModelSpec, labelled: bool | None) -> None:
+    def __init__(self, file: FileIO, spec: ModelSpec, labelled: bool | None) -> None:
         """`labelled`: whether rows begin with a label; None: see the first row."""
-        self._descriptor = descriptor
+        self._file = file
         self._parser = Parser([table.rows for table in spec.tables], labelled)
         self._line = 1
         self.position = 0
-        self.total = os.fstat(descriptor).st_size
+        self.total = os.fstat(file.fileno()).st_size
 
     def parts(self) -> Iterator[Part]:
         last = b"\n"
-        while data := read_some(self._descriptor, PIECE_BYTES):
+        while data := read_some(self._file.fileno(), PIECE_BYTES):
             self.position += len(data)
             last = data[-1:]
             if lines := data.count(b"\n"):

@@ -1,9 +1,9 @@
 """`narsil score`: rows of a file or pipe in, one score a line out."""
 
 import functools
-import os
 import time
 from contextlib import suppress
+from io import FileIO
 from pathlib import Path
 from typing import NoReturn
 
@@ -136,12 +136,12 @@ def score(
 
 async def _score(job: Job, run: Run) -> None:
     """Raises what `score` turns into an exit status."""
-    descriptor = _opened(job)
+    file = _opened(job)
     async with Client(job.nats, connect_timeout_s=CONNECT_S) as client:
         card = await described(client, job.model, job.version)
         spec = card.spec
         run.model = f"{spec.name} version {spec.version}"
-        source = _source(job, descriptor, spec)
+        source = _source(job, file, spec)
         reader, writer = Worker("reader"), Worker("writer")
         run.output = output = await writer.run(lambda: _output(job.target))
 
@@ -170,14 +170,12 @@ async def _score(job: Job, run: Run) -> None:
         await writer.run(output.finish)
 
 
-def _opened(job: Job) -> int:
+def _opened(job: Job) -> FileIO:
     if job.source != STANDARD and job.target != STANDARD:
         with suppress(OSError):
             if Path(job.source).samefile(job.target):
                 raise Unfit(f"IN and OUT are both {job.source}")
     try:
-        if Path(job.source).is_dir():
-            raise Unfit(f"{job.source}: is a folder")
         return open_input(job.source)
     except OSError as error:
         raise Unfit(f"{job.source}: {error.strerror}") from None
@@ -190,11 +188,11 @@ def _output(target: str) -> Output:
         raise Unfit(f"{target}: {error.strerror}") from None
 
 
-def _source(job: Job, descriptor: int, spec: ModelSpec) -> Source:
+def _source(job: Job, file: FileIO, spec: ModelSpec) -> Source:
     """The rows of IN, as the model wants them."""
     if job.source.endswith(".npz"):
         try:
-            return Arrays(os.fdopen(descriptor, "rb"), spec)
+            return Arrays(file, spec)
         except InputError as error:
             raise Unfit(f"{job.source}: {error}") from None
     if spec.preprocessing is None:
@@ -202,7 +200,7 @@ def _source(job: Job, descriptor: int, spec: ModelSpec) -> Source:
             f"model '{spec.name}' says no preprocessing, so rows of text cannot become its inputs;\ngive an .npz file"
             f" with dense [rows, {spec.n_dense}] and sparse [rows, {spec.n_sparse}], or values and lengths"
         )
-    return CriteoText(descriptor, spec, job.labelled)
+    return CriteoText(file, spec, job.labelled)
 
 
 def _end_well(run: Run) -> None:
@@ -216,19 +214,19 @@ def _end_well(run: Run) -> None:
 
 def _end_badly(run: Run, error: BaseException) -> NoReturn:
     """Say why, and what there is of the output."""
-    status, reason = _meaning(error, started=run.scoring is not None)
+    status, reason = _meaning(error)
     tally = run.scoring.tally if run.scoring else Tally()
     if run.output and not tally.lines:
         run.output.discard()
     elif run.output:
         skipped = f", {tally.skipped:,} of them skipped" if tally.skipped else ""
-        reason += f"\n{tally.lines:,} lines are in {run.output.shown}{skipped}"
+        reason += f"\n{tally.lines:,} lines were written to {run.output.shown}{skipped}"
     if status != BROKEN_PIPE:
         say(reason)
     raise SystemExit(status)
 
 
-def _meaning(error: BaseException, started: bool) -> tuple[int, str]:
+def _meaning(error: BaseException) -> tuple[int, str]:
     """Exit status and message."""
     match error:
         case KeyboardInterrupt():
@@ -241,4 +239,8 @@ def _meaning(error: BaseException, started: bool) -> tuple[int, str]:
             return USAGE if error.fault is Fault.NOT_FOUND else STOPPED, told(error)
         case Stopped(refused=Refused() as refused):
             return STOPPED, f"{error}\n{NEXT[refused.fault]}"
-    return STOPPED if started else USAGE, str(error)
+        case InputError():
+            return STOPPED, f"IN: {error}"
+        case Unfit():
+            return USAGE, str(error)
+    return STOPPED, str(error)

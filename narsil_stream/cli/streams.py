@@ -9,6 +9,7 @@ import threading
 from collections.abc import AsyncIterator, Callable, Iterator
 from contextlib import suppress
 from functools import partial
+from io import FileIO
 from pathlib import Path
 from typing import TypeVar
 
@@ -58,13 +59,12 @@ class Worker:
             self._calls.get()()
 
 
-def open_input(name: str) -> int:
-    """A file descriptor to read from. Raises OSError. Unbuffered, so that no lock is held at exit."""
+def open_input(name: str) -> FileIO:
+    """Raises OSError. Unbuffered, so that a thread that waits in it holds no lock at exit."""
     if name != STANDARD:
-        return os.open(name, os.O_RDONLY | os.O_CLOEXEC)
-    descriptor = sys.stdin.fileno()
-    os.set_blocking(descriptor, True)
-    return descriptor
+        return Path(name).open("rb", buffering=0)
+    os.set_blocking(sys.stdin.fileno(), True)
+    return FileIO(sys.stdin.fileno(), closefd=False)
 
 
 def read_some(descriptor: int, size: int) -> bytes:
@@ -91,13 +91,13 @@ class Output:
         self._target = Path(name).resolve()
         self._part: Path | None = None
         if name == STANDARD:
-            self._descriptor = sys.stdout.fileno()
-            os.set_blocking(self._descriptor, True)
+            os.set_blocking(sys.stdout.fileno(), True)
+            self._file = FileIO(sys.stdout.fileno(), "w", closefd=False)
             return
         if not self._target.exists() or self._target.is_file():
             self._part = self._target.with_name(self._target.name + ".part")
         path = self._part or self._target
-        self._descriptor = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_TRUNC | os.O_CLOEXEC, 0o666)
+        self._file = path.open("wb", buffering=0)
         self.shown = str(path)
 
     shown = "standard output"
@@ -108,17 +108,19 @@ class Output:
         left = memoryview(data)
         try:
             while left:
-                left = left[os.write(self._descriptor, left) :]
+                left = left[self._file.write(left) :]
         except OSError as error:
             raise OSError(error.errno, error.strerror, self.shown) from None
 
     def finish(self) -> None:
         """All is written: give the file its name."""
         if self._part is not None:
-            os.fsync(self._descriptor)
+            os.fsync(self._file.fileno())
             self._part.replace(self._target)
+        self._file.close()
 
     def discard(self) -> None:
         """Nothing was written: leave no empty file."""
+        self._file.close()
         if self._part is not None:
             self._part.unlink(missing_ok=True)
