@@ -2,6 +2,7 @@
 
 import asyncio
 import json
+import logging
 import os
 import signal
 import subprocess
@@ -18,11 +19,13 @@ from typing import Any, Self
 
 import numpy as np
 import uvloop
+from click.testing import CliRunner, Result
 from msgspec.structs import replace
 from numpy.typing import NDArray
 
 from narsil_stream.actors.batcher import Batcher
 from narsil_stream.actors.executor import Executor, load
+from narsil_stream.cli import cli
 from narsil_stream.core.client import Client
 from narsil_stream.core.config import Config, NatsConfig
 from narsil_stream.core.runtime import Runtime
@@ -177,6 +180,17 @@ def expected(model: Path, dense: NDArray[np.float32], ids: NDArray[np.int32]) ->
     scores = np.empty(len(dense), np.float32)
     reference.load(model).run(RaggedBatch(dense, np.ascontiguousarray(ids).reshape(-1)), scores)
     return scores
+
+
+def invoke(*args: str | Path, **environ: str) -> Result:
+    """The command `narsil` in this process, which is quick. Files only: its standard input and output are no pipes."""
+    root = logging.getLogger()
+    before = root.handlers[:]
+    settings = {name: None for name in os.environ if name.startswith("NARSIL_")}
+    try:
+        return CliRunner().invoke(cli, list(map(str, args)), env=settings | environ)
+    finally:
+        root.handlers = before
 
 
 def plain_environ(**extra: str) -> dict[str, str]:
