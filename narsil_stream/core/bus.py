@@ -20,6 +20,7 @@ from nats.aio.msg import Msg
 from nats.aio.subscription import Subscription
 
 from narsil_stream.core.config import NatsConfig
+from narsil_stream.core.config.settings import without_login
 from narsil_stream.schemas.errors import Fault, Refused
 
 log = logging.getLogger(__name__)
@@ -56,16 +57,20 @@ class Bus:
         """Messages that came faster than they were taken (slow consumer), or that could not be sent any more."""
 
     async def connect(self, timeout: float = 10.0) -> None:
-        """Connect, trying for `timeout` seconds. Raises `Refused(UNAVAILABLE)` with the reason."""
+        """Connect, trying for `timeout` seconds. Raises `Refused` UNAVAILABLE or UNAUTHENTICATED, with the reason."""
         try:
             await asyncio.wait_for(self._nats.connect(**self._options()), timeout)
         except PROTOCOL_ERRORS as error:
-            reason = str(self._nats.last_error or error) or type(error).__name__
-            raise Refused(Fault.UNAVAILABLE, f"no NATS server at {self.where}: {reason}") from None
+            raise self._unconnected(self._nats.last_error or error) from None
         self._sender = asyncio.create_task(self._send_all(), name="bus sender")
 
     @property
     def where(self) -> str:
+        """The broker's address for messages, without a login that may be in it."""
+        return without_login(self._address)
+
+    @property
+    def _address(self) -> str:
         return self._config.url or f"nats://{self._config.host}:{self._config.port}"
 
     @property
@@ -197,10 +202,16 @@ class Bus:
                     self.dropped += 1
                     log.warning("a message to %s was not sent: %s", subject, error)
 
+    def _unconnected(self, error: Exception) -> Refused:
+        reason = str(error) or type(error).__name__
+        if any(word in reason.lower() for word in ("authorization", "authentication")):
+            return Refused(Fault.UNAUTHENTICATED, f"the NATS server at {self.where} refuses this login: {reason}")
+        return Refused(Fault.UNAVAILABLE, f"no NATS server at {self.where}: {reason}")
+
     def _options(self) -> dict[str, Any]:
         config = self._config
         options: dict[str, Any] = {
-            "servers": [url.strip() for url in self.where.split(",")],
+            "servers": [url.strip() for url in self._address.split(",")],
             "name": self._name,
             "no_echo": True,
             "allow_reconnect": True,

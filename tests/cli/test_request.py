@@ -123,9 +123,11 @@ def test_a_broker_that_wants_a_login_gets_it(monkeypatch: pytest.MonkeyPatch, cr
         with System(server.url.replace("nats://", "nats://u:secret@"), criteo_model):
             assert invoke("request", *login, "secret", example).exit_code == 0
         monkeypatch.setattr(command, "CONNECT_S", 0.5)
-        refused = invoke("request", *login, "wrong", example)
-    assert refused.exit_code == 1
-    assert "Authorization Violation" in refused.stderr and "wrong" not in refused.stderr
+        in_url = ("--nats-url", server.url.replace("nats://", "nats://u:wrong@"))
+        for refused in (invoke("request", *login, "wrong", example), invoke("request", *in_url, example)):
+            assert refused.exit_code == 1
+            assert "UNAUTHENTICATED" in refused.stderr and "check the login" in refused.stderr
+            assert "wrong" not in refused.stderr
 
 
 def test_a_request_beyond_the_broker_s_limit_is_not_sent(nats_server: NatsServer, tmp_path: Path):

@@ -94,7 +94,7 @@ class Setting(Struct, frozen=True):
         """`value` for people: as TOML spells it, without what is secret."""
         if self.secret and value:
             return '"***"'
-        return toml_scalar(_without_login(str(value)) if self.key == "nats.url" else value)
+        return toml_scalar(without_login(str(value)) if self.key == "nats.url" else value)
 
 
 def toml_scalar(value: object) -> str:
@@ -104,8 +104,8 @@ def toml_scalar(value: object) -> str:
     return str(value)
 
 
-def _without_login(url: str) -> str:
-    """Rather too much hidden than too little: of several addresses with logins only the last one's host is left."""
+def without_login(url: str) -> str:
+    """An address for people. Rather too much hidden than too little: of several with logins the last host is left."""
     login, at, host = url.rpartition("@")
     scheme, separator, _ = login.partition("://")
     if not at:
