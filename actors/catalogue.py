@@ -92,9 +92,10 @@ class Catalogue:
         return self._entries[key].card.digest
 
     def served(self, executors: Iterable[Serving]) -> tuple[ModelRef, ...]:
-        """What some live executor serves now."""
+        """What some live executor serves now; of each model the newest version last."""
         keys = {key for executor in executors if executor.up for key in executor.models}
-        return tuple(ModelRef(k.name, k.version, self.digest(k)) for k in sorted(keys) if k in self._entries)
+        in_order = sorted(keys, key=lambda key: (key.name, newest_first(key)))
+        return tuple(ModelRef(k.name, k.version, self.digest(k)) for k in in_order if k in self._entries)
 
     def on_describe(self, message: Msg) -> None:
         """Gateways and clients ask the batcher what the executors told it."""

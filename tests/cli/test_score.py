@@ -1,5 +1,7 @@
 """`narsil score` against a real system: files, pipes, errors, interruptions."""
 
+import os
+import pty
 import signal
 import subprocess
 import sys
@@ -9,11 +11,12 @@ from typing import IO
 
 import numpy as np
 import pytest
+from msgspec.structs import replace
 from numpy.typing import NDArray
 
 from narsil_stream.cli import score as command
 from narsil_stream.kernels.artifact import write
-from narsil_stream.kernels.init import random_batch, random_model
+from narsil_stream.kernels.init import criteo_spec, random_batch, random_model
 from narsil_stream.schemas.model import Architecture, ModelSpec, Table
 from tests.support import NatsServer, System, expected, invoke, narsil, plain_environ, until
 
@@ -197,6 +200,19 @@ def test_an_unknown_model_is_refused_before_anything_is_written(
     assert not list(tmp_path.glob("out*"))
 
 
+def test_without_a_version_the_newest_one_scores(nats_server: NatsServer, tmp_path: Path):
+    """By number: 10 comes after 9. One version scores a whole file, whatever is served meanwhile."""
+    rows = click_rows(20)
+    folders = [tmp_path / version for version in ("9", "10")]
+    for seed, folder in enumerate(folders):
+        spec = criteo_spec("ctr", rows=TABLE_ROWS, dim=4, bottom=(8,), top=(8,))
+        write(folder, random_model(replace(spec, version=folder.name), seed))
+    with System(nats_server.url, *folders):
+        result = invoke("score", "--nats-url", nats_server.url, file_of(tmp_path, rows), tmp_path / "out")
+    assert "with ctr version 10" in result.stderr
+    assert np.allclose(scores_in(tmp_path / "out"), wanted(folders[1], rows), rtol=0, atol=1e-6)
+
+
 def test_files_that_cannot_be_used_end_with_status_2(shared_system: System, tmp_path: Path):
     """A wrong path is told in one line with its name."""
     rows = file_of(tmp_path, click_rows(1))
@@ -273,6 +289,20 @@ def test_a_broker_that_restarts_costs_time_and_no_row(nats_server: NatsServer, s
         process.stdin.close()
         assert process.wait() == 0
     assert np.allclose(np.array(scores, np.float32), wanted(criteo_model, rows), rtol=0, atol=1e-6)
+
+
+def test_a_terminal_gets_a_progress_bar(shared_system: System, tmp_path: Path):
+    """Hours without a sign of life look like a hang; rows/s says when it will be over."""
+    ours, theirs = pty.openpty()
+    source = file_of(tmp_path, click_rows(2000))
+    with narsil("score", "--nats-url", shared_system.url, source, tmp_path / "out", stderr=theirs) as process:
+        process.wait()
+        os.close(theirs)
+        seen = os.read(ours, 1 << 16).decode()
+        os.close(ours)
+    assert process.returncode == 0
+    assert "100%" in seen and "rows/s" in seen
+    assert "narsil: scored 2,000 rows" in seen
 
 
 @pytest.fixture(scope="module")
