@@ -41,6 +41,7 @@ class Ledger:
         self.places = [Place(index) for index in range(slots)]
         self.batchers: dict[str, Batcher] = {}
         self.open = True
+        self._expired_us = 0
 
     def beat(self, beat: BatcherBeat, now_us: int) -> None:
         if beat.state == "gone":
@@ -75,7 +76,12 @@ class Ledger:
         self._free(place)
 
     def expire(self, now_us: int) -> None:
-        """Take back the slots of batchers that were not heard of for a lease."""
+        """Take back the slots of batchers that were not heard of for a lease. To be called several times in a lease:
+        after a pause of our own, heartbeats that came meanwhile are given the time to be read."""
+        pause_us, self._expired_us = now_us - self._expired_us, now_us
+        if pause_us > self.lease_us // 2:
+            for batcher in self.batchers.values():
+                batcher.seen_us = max(batcher.seen_us, now_us - self.lease_us // 2)
         for name in [n for n, b in self.batchers.items() if b.seen_us + self.lease_us <= now_us]:
             self._lose(name)
 

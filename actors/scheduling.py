@@ -148,6 +148,7 @@ class Scheduler:
         self.rows = 0
         self.bytes = 0
         self._batches = 0
+        self._decided_us = 0
 
     # What happens
 
@@ -239,6 +240,7 @@ class Scheduler:
 
     def decide(self, now_us: int) -> list[Decision]:
         """All that is due now. Call after events, and at the time that `wake_us` names."""
+        self._excuse_own_pause(now_us)
         decisions: list[Decision] = []
         decisions += self._lost_executors(now_us)
         decisions += self._expired(now_us)
@@ -327,6 +329,14 @@ class Scheduler:
                     yield self._drop(ticket, Fault.DEADLINE_EXCEEDED, "the budget ran out while scoring")
         self.retries = [group for group in self.retries if group.open_tickets()]
 
+    def _excuse_own_pause(self, now_us: int) -> None:
+        """Heartbeats that came while this process itself stood still are not read yet: nobody is dead for that."""
+        pause_us = now_us - self._decided_us
+        self._decided_us = now_us
+        if pause_us > self.rules.lease_us // 2:
+            for executor in self.executors.values():
+                executor.seen_us = max(executor.seen_us, now_us - self.rules.lease_us // 2)
+
     def _lost_executors(self, now_us: int) -> Iterator[Decision]:
         for executor in list(self.executors.values()):
             if executor.seen_us + self.rules.lease_us <= now_us:
@@ -410,7 +420,7 @@ class Scheduler:
 
     def _retry_for(self, executor: Executor) -> Group | None:
         for group in self.retries:
-            if group.model in executor.models and executor.id not in group.avoid:
+            if self._may_take(executor, group):
                 self.retries.remove(group)
                 group.tickets = group.open_tickets()
                 group.rows = sum(ticket.rows for ticket in group.tickets)
@@ -419,6 +429,12 @@ class Scheduler:
                 group.done = True
                 return self._retry_for(executor)
         return None
+
+    def _may_take(self, executor: Executor, group: Group) -> bool:
+        """Those that failed a group get it again only when nobody else is left: better twice there than nowhere."""
+        if group.model not in executor.models:
+            return False
+        return executor.id not in group.avoid or all(e.id in group.avoid for e in self._serving(group.model))
 
     def _cut(self, executor: Executor, now_us: int) -> Group | None:
         """The next batch for this executor: the most urgent model's tickets, up to the limits."""

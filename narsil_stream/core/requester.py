@@ -81,6 +81,7 @@ class Requester:
         self._deadlines: list[tuple[int, int]] = []
         self._timer: asyncio.TimerHandle | None = None
         self._checks: asyncio.TimerHandle | None = None
+        self._checked_us = now_us()
         self._seen = asyncio.Event()
         self._cards: dict[str, ModelCard] = {}
         self.late = 0
@@ -296,7 +297,12 @@ class Requester:
         self._seen.set()
 
     def _check_peers(self) -> None:
-        oldest = now_us() - self._lease_us
+        now = now_us()
+        pause_us, self._checked_us = now - self._checked_us, now
+        oldest = now - self._lease_us
+        if pause_us > self._lease_us // 2:  # we stood still ourselves: beats that came meanwhile are not read yet
+            for peer in self._peers.values():
+                peer.seen_us = max(peer.seen_us, now - self._lease_us // 2)
         for peer in [p for p in self._peers.values() if p.seen_us < oldest]:
             log.warning("%s was silent for too long", peer.id)
             self._lose(peer.id)
