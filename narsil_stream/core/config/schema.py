@@ -84,9 +84,9 @@ class GrpcConfig(Struct, frozen=True, forbid_unknown_fields=True):
 
     host: Annotated[
         Host,
-        Meta(description="Address that the gRPC gateway listens on. 127.0.0.1: this machine only."),
+        Meta(description="Address for the gRPC gateway. Reserved: this version starts none."),
     ] = "127.0.0.1"
-    port: Annotated[Port, Meta(description="TCP port of the gRPC gateway. 0: any free port.")] = 8001
+    port: Annotated[Port, Meta(description="TCP port for the gRPC gateway. Reserved: this version starts none.")] = 8001
 
 
 class MetricsConfig(Struct, frozen=True, forbid_unknown_fields=True):
