@@ -252,7 +252,7 @@ class Executor(Actor[Message]):
     # Messages out
 
     def _grants(self) -> list[tuple[Grant, str]]:
-        return [(grant, self._ledger.holder(grant.slot)) for grant in self._ledger.assign()]
+        return [(grant, self._ledger.holder(grant.slot)) for grant in self._ledger.assign(now_us())]
 
     def _tell(self, batcher: str, message: Result | Grant) -> None:
         try:

@@ -8,6 +8,9 @@ from dataclasses import dataclass
 
 from narsil_stream.schemas.internal import Batch, BatcherBeat, Demand, Grant, Lease, Slot
 
+HOLD_US = 20_000
+"""A batcher that said it has work and leaves its slot unused for so long has no use for it, or never heard of it."""
+
 
 @dataclass(slots=True)
 class Place:
@@ -18,6 +21,7 @@ class Place:
     holder: str = ""
     last: str = ""
     busy: bool = False
+    leased_us: int = 0
 
     @property
     def slot(self) -> Slot:
@@ -92,13 +96,13 @@ class Ledger:
             if not place.busy:
                 self._free(place)
 
-    def assign(self) -> list[Grant]:
+    def assign(self, now_us: int) -> list[Grant]:
         """Lease what is free: to who asks, earliest deadline first, then to who had it, then evenly."""
         if not self.open or not self.batchers:
             return []
-        granted = [self._lease(place, name) for place, name in self._asked()]
+        granted = [self._lease(place, name, now_us) for place, name in self._asked(now_us)]
         granted.extend(  # lazily: each lease counts for the next one's choice
-            self._lease(place, place.last if place.last in self.batchers else self._fewest())
+            self._lease(place, place.last if place.last in self.batchers else self._fewest(), now_us)
             for place in self.places
             if not place.holder and not place.busy
         )
@@ -113,19 +117,20 @@ class Ledger:
     def holder(self, slot: Slot) -> str:
         return self.places[slot.index].holder
 
-    def _asked(self) -> list[tuple[Place, str]]:
-        """Free slots, or idle ones of batchers with nothing to do, for those who wait without a slot in hand."""
+    def _asked(self, now_us: int) -> list[tuple[Place, str]]:
+        """Free slots, or idle ones of batchers that do not use them, for those who wait without a slot in hand."""
         idle = [place for place in self.places if not place.busy]
         in_hand = {place.holder for place in idle}
         asking = [(b.due_us, name) for name, b in self.batchers.items() if b.rows and name not in in_hand]
         spare = [p for p in idle if not p.holder]
-        spare += [p for p in idle if p.holder and not self.batchers[p.holder].rows]
+        spare += [p for p in idle if p.holder and (not self.batchers[p.holder].rows or p.leased_us + HOLD_US <= now_us)]
         return [(place, name) for place, (_, name) in zip(spare, sorted(asking), strict=False)]
 
-    def _lease(self, place: Place, name: str) -> Place:
+    def _lease(self, place: Place, name: str, now_us: int) -> Place:
         if place.holder:
             place.generation += 1
         place.holder = place.last = name
+        place.leased_us = now_us
         return place
 
     def _fewest(self) -> str:

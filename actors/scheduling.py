@@ -7,132 +7,21 @@ A batch whose executor is lost or silent is sent once more, to another one. A ba
 culprit.
 """
 
-from collections.abc import Iterable, Iterator
-from dataclasses import dataclass, field
+from collections.abc import Iterator
+from itertools import chain
 
-from msgspec import Struct
-
+from narsil_stream.actors.decisions import Decision, Dispatch, Drop, Plead, Rules
+from narsil_stream.actors.flights import DEMAND_EVERY_US, Executor, Fleet, Flight, Group
 from narsil_stream.actors.queue import ModelKey, Queue, State, Ticket
 from narsil_stream.actors.service_time import ServiceTimes
-from narsil_stream.schemas.errors import Fault, Refused
+from narsil_stream.schemas.errors import Fault, Refused, named
 from narsil_stream.schemas.internal import Demand, ExecutorBeat, Result, Slot
 
-DEMAND_EVERY_US = 20_000
-"""How often waiting work asks an executor for a slot again."""
 MAX_SENDS = 2
 """A batch goes to one executor and, if that one is lost or silent, to one other."""
-
-
-class Rules(Struct, frozen=True):
-    max_rows: int
-    max_bytes: int
-    queue_rows: int
-    queue_bytes: int
-    lease_us: int
-    failover_floor_us: int
-    failover_factor: float
-    linger_us: int = 0
-    coalesce: bool = True
-    """False: one request is one batch (mode `worker`)."""
-
-
-@dataclass(slots=True, eq=False)
-class Group:
-    """Tickets that travel as one batch, with its history."""
-
-    model: ModelKey
-    tickets: list[Ticket]
-    rows: int
-    sends: int = 0
-    avoid: set[str] = field(default_factory=set)
-    """Executors that were lost or silent with it."""
-    done: bool = False
-
-    def open_tickets(self) -> list[Ticket]:
-        return [ticket for ticket in self.tickets if ticket.state is State.IN_FLIGHT]
-
-
-@dataclass(slots=True, eq=False)
-class Flight:
-    """One sending of a group: `tickets` in the order of this batch's rows, whatever the group loses meanwhile."""
-
-    batch: int
-    group: Group
-    tickets: list[Ticket]
-    executor: str
-    slot: Slot
-    sent_us: int
-    overdue_us: int
-
-
-@dataclass(slots=True, eq=False)
-class Executor:
-    """What the batcher knows of one executor."""
-
-    id: str
-    seen_us: int
-    models: frozenset[ModelKey] = frozenset()
-    slots: int = 0
-    up: bool = True
-    free: dict[int, int] = field(default_factory=dict)
-    """Slots in hand: index -> generation."""
-    spent: dict[int, int] = field(default_factory=dict)
-    """Newest generation of each slot that was used or void."""
-    flights: dict[int, Flight] = field(default_factory=dict)
-    abandoned: dict[int, int] = field(default_factory=dict)
-    """Slots whose batch may never have arrived: given back with every demand until the executor says otherwise."""
-    demanded_us: int = -DEMAND_EVERY_US
-
-    def offer_slot(self, slot: Slot) -> None:
-        if slot.generation > self.spent.get(slot.index, -1):
-            self.free[slot.index] = slot.generation
-
-    def void_flights(self, now_us: int) -> list[Flight]:
-        """Takes out overdue batches whose slot is back in hand: they, or their results, were lost on the way."""
-        lost = [f for f in self.flights.values() if f.overdue_us <= now_us and f.slot.index in self.free]
-        for flight in lost:
-            del self.flights[flight.batch]
-            self.abandoned.pop(flight.slot.index, None)
-        return lost
-
-    def spend(self, index: int) -> Slot:
-        slot = Slot(index, self.free.pop(index))
-        self.spent[index] = slot.generation
-        return slot
-
-
-class Dispatch(Struct, frozen=True):
-    """Send these tickets as one batch."""
-
-    batch: int
-    executor: str
-    slot: Slot
-    model: ModelKey
-    tickets: list[Ticket]
-    rows: int
-    budget_us: int
-    demand: Demand
-    again: bool
-    """Sent before, to an executor that was lost or silent."""
-
-
-class Drop(Struct, frozen=True):
-    """Answer this ticket with an error."""
-
-    ticket: Ticket
-    fault: Fault
-    detail: str
-    retry_after_us: int = 0
-
-
-class Plead(Struct, frozen=True):
-    """Tell an executor what waits."""
-
-    executor: str
-    demand: Demand
-
-
-Decision = Dispatch | Drop | Plead
+MAX_BOUNCES = 8
+"""So often a batch may meet a void slot: more means that executors take back what they lease."""
+FLOAT_BYTES = 4
 
 
 class Scheduler:
@@ -141,14 +30,22 @@ class Scheduler:
     def __init__(self, name: str, rules: Rules) -> None:
         self.name = name
         self.rules = rules
-        self.executors: dict[str, Executor] = {}
+        self.executors = Fleet()
         self.queues: dict[ModelKey, Queue] = {}
         self.retries: list[Group] = []
         self.times = ServiceTimes()
-        self.rows = 0
-        self.bytes = 0
         self._batches = 0
         self._decided_us = 0
+
+    @property
+    def rows(self) -> int:
+        """Rows waiting."""
+        return sum(queue.rows for queue in self.queues.values())
+
+    @property
+    def bytes(self) -> int:
+        """Bytes waiting."""
+        return sum(queue.bytes for queue in self.queues.values())
 
     # What happens
 
@@ -161,12 +58,13 @@ class Scheduler:
                 f"{ticket.rows} rows of {ticket.bytes} bytes; a request holds at most {rules.max_rows} rows"
                 f" and {rules.max_bytes} bytes",
             )
-        serving = sum(1 for _ in self._serving(ticket.model))
+        serving = self.executors.serving(ticket.model)
         if not serving:
             raise Refused(Fault.UNAVAILABLE, "no executor is alive for this model", rules.lease_us)
-        if self.rows + ticket.rows > rules.queue_rows or self.bytes + ticket.bytes > rules.queue_bytes:
-            wait_us = self.wait_us(ticket.model, self.rows, serving, now_us)
-            raise Refused(Fault.OVERLOADED, f"the queue is full: {self.rows} rows wait", max(wait_us, 1_000))
+        rows = self.rows
+        if rows + ticket.rows > rules.queue_rows or self.bytes + ticket.bytes > rules.queue_bytes:
+            wait_us = self._wait_us(serving, now_us)
+            raise Refused(Fault.OVERLOADED, f"the queue is full: {rows} rows wait", max(wait_us, 1_000))
         late_us = self._late_by(ticket, serving, now_us)
         if late_us > 0:
             budget_us = ticket.deadline_us - ticket.arrived_us
@@ -176,14 +74,11 @@ class Scheduler:
                 late_us,
             )
         self.queues.setdefault(ticket.model, Queue()).push(ticket)
-        self.rows += ticket.rows
-        self.bytes += ticket.bytes
 
     def cancel(self, ticket: Ticket) -> None:
         """The caller has left. In flight it is computed, but nobody is answered."""
         if ticket.state is State.WAITING:
-            self.queues[ticket.model].forget(ticket)
-            self._forget(ticket)
+            self.queues[ticket.model].cancel(ticket)
         ticket.state = State.DONE
 
     def beat(self, beat: ExecutorBeat, now_us: int) -> list[Decision]:
@@ -193,22 +88,10 @@ class Scheduler:
             return [] if executor is None else self._lose(executor)
         if executor is None:
             executor = self.executors[beat.executor] = Executor(beat.executor, now_us)
-        executor.seen_us = now_us
-        executor.models = frozenset(ModelKey(ref.name, ref.version) for ref in beat.models)
-        executor.slots = beat.slots
-        executor.up = beat.state == "up"
-        ours = [lease for lease in beat.leases if lease.batcher == self.name]
-        executor.free.clear()
-        for lease in ours:
-            if not lease.busy:
-                executor.offer_slot(lease.slot)
-        still = {lease.slot.index: lease.slot.generation for lease in ours if not lease.busy}
-        executor.abandoned = {i: g for i, g in executor.abandoned.items() if still.get(i) == g}
         decisions: list[Decision] = []
-        for flight in executor.void_flights(now_us):
-            if not flight.group.done and flight.group not in self.retries:
-                flight.group.avoid.discard(executor.id)
-                decisions += self._again(flight.group)
+        for flight in executor.hear(beat, self.name, now_us):
+            flight.group.avoid.discard(executor.id)
+            decisions += self._again(flight.group)
         return decisions
 
     def grant(self, executor: str, slot: Slot) -> None:
@@ -220,26 +103,37 @@ class Scheduler:
         executor = self.executors.get(result.executor)
         if executor is None:
             return [], []
-        flight = executor.flights.pop(result.batch, None)
         if result.grant is not None:
             executor.offer_slot(result.grant)
-        if flight is None or flight.group.done:
+        flight = executor.flights.pop(result.batch, None)
+        if flight is None:
             return [], []
+        executor.landed_us = now_us
         group = flight.group
-        if len(result.scores):
-            self.times.observe(group.model, group.rows, result.service_us)
+        size = result.scores.nbytes
+        if size == flight.rows * FLOAT_BYTES:
+            self.times.observe(group.model, flight.rows, result.service_us)
+            tickets = [] if group.done else flight.tickets
             group.done = True
-            return flight.tickets, []
-        if not result.fault:
-            group.sends -= 1
-            group.avoid.discard(executor.id)  # it is alive, and has not run it
-            return [], self._again(group)
-        return [], self._failed(group, result)
+            return tickets, []
+        if group.done:
+            return [], []
+        if not size and not result.fault:
+            return [], self._bounced(group)
+        fault = named(result.fault)
+        return [], self._failed(group, fault, result.detail or "the scores do not fit the batch")
+
+    def too_large(self, dispatch: Dispatch, detail: str) -> list[Decision]:
+        """The joined message is larger than what may be sent: the batch goes in halves."""
+        executor = self.executors[dispatch.executor]
+        flight = executor.flights[dispatch.batch]
+        executor.take_back(flight)
+        return self._failed(flight.group, Fault.TOO_LARGE, detail)
 
     # What to do
 
     def decide(self, now_us: int) -> list[Decision]:
-        """All that is due now. Call after events, and at the time that `wake_us` names."""
+        """All that is due now. Call after events, at the time that `wake_us` names, and several times in a lease."""
         self._excuse_own_pause(now_us)
         decisions: list[Decision] = []
         decisions += self._lost_executors(now_us)
@@ -252,61 +146,49 @@ class Scheduler:
 
     def wake_us(self, now_us: int) -> int | None:
         """When `decide` has to be called next, if no event comes before."""
-        times = [e.seen_us + self.rules.lease_us for e in self.executors.values()]
-        for queue in self.queues.values():
-            due = queue.earliest_deadline()
-            if due is not None:
-                times.append(due)
-                lingers = queue.head() if self.rules.linger_us else None
-                if lingers is not None and lingers.arrived_us + self.rules.linger_us > now_us:
-                    times.append(lingers.arrived_us + self.rules.linger_us)
-        for group in self._open_groups():
-            times += [ticket.deadline_us for ticket in group.open_tickets()]
-        for executor in self.executors.values():
-            times += [f.overdue_us for f in executor.flights.values() if not f.group.done and f.overdue_us > now_us]
-        if self.rows and any(self._wants_slot(e) for e in self.executors.values()):
-            times.append(now_us + DEMAND_EVERY_US)
-        return min(times, default=None)
-
-    def wait_us(self, model: ModelKey, rows_ahead: int, executors: int, now_us: int) -> int:
-        """Predicted time until a ticket behind `rows_ahead` rows starts: these and what is in flight, shared out."""
-        ahead_us = rows_ahead * self.times.us_per_row(model)
-        for executor in self._serving(model):
-            for flight in executor.flights.values():
-                took = self.times.predict(flight.group.model, flight.group.rows)
-                ahead_us += max(0, took - (now_us - flight.sent_us))
-        return int(ahead_us / max(1, executors))
+        return min(self._alarms(now_us), default=None)
 
     def backlog_us(self, model: ModelKey, now_us: int) -> int:
         """Predicted wait of a ticket that would come last."""
-        return self.wait_us(model, self.rows, sum(1 for _ in self._serving(model)), now_us)
+        return self._wait_us(self.executors.serving(model), now_us)
 
     def idle(self) -> bool:
         """Nothing waits and nothing is under way."""
-        return not self.rows and not any(True for _ in self._open_groups())
+        return not self.rows and not any(group.is_open() for group in self._groups())
 
-    def abandon_all(self) -> list[Decision]:
+    def abandon_all(self) -> list[Drop]:
         """The end: every open ticket gets UNAVAILABLE."""
-        waiting = [ticket for queue in self.queues.values() for ticket in queue.drain()]
-        flying = [ticket for group in self._open_groups() for ticket in group.open_tickets()]
-        for ticket in waiting:
-            self._forget(ticket)
-        for group in list(self._open_groups()):
+        tickets = [ticket for queue in self.queues.values() for ticket in queue.drain()]
+        for group in self._groups():
+            tickets += group.open_tickets()
             group.done = True
         self.retries.clear()
-        return [self._drop(t, Fault.UNAVAILABLE, "the batcher is stopping", 1_000) for t in waiting + flying]
+        return [self._drop(ticket, Fault.UNAVAILABLE, "the batcher is stopping", 1_000) for ticket in tickets]
 
     # Admission
 
-    def _late_by(self, ticket: Ticket, serving: int, now_us: int) -> int:
-        """By how much the predicted answer misses the ticket's deadline; counts only what would be served before it."""
+    def _late_by(self, ticket: Ticket, serving: list[Executor], now_us: int) -> int:
+        """By how much the predicted answer misses the ticket's deadline; counts only what would be served before it.
+
+        Never late is who finds an executor with nothing to do: or one slow pass, once measured, would have every
+        request refused for good.
+        """
         room_us = ticket.deadline_us - now_us - self.times.predict(ticket.model, ticket.rows)
-        late_us = self.wait_us(ticket.model, self.rows, serving, now_us) - room_us
-        queue = self.queues.get(ticket.model)
-        if late_us <= 0 or queue is None:
+        late_us = self._wait_us(serving, now_us) - room_us
+        if late_us <= 0:
             return late_us
-        ahead = queue.rows_ahead(ticket.priority, ticket.deadline_us)
-        return self.wait_us(ticket.model, ahead, serving, now_us) - room_us
+        if not self.rows and any(executor.free and not executor.flights for executor in serving):
+            return 0
+        return self._wait_us(serving, now_us, ticket) - room_us
+
+    def _wait_us(self, serving: list[Executor], now_us: int, ticket: Ticket | None = None) -> int:
+        """Predicted time until `ticket`, or one behind all others, starts: what is before it, shared out."""
+        ahead_us = float(sum(executor.remaining_us(now_us) for executor in serving))
+        for model, queue in self.queues.items():
+            if queue.count and any(model in executor.models for executor in serving):
+                rows = queue.rows if ticket is None else queue.rows_ahead(ticket.priority, ticket.deadline_us)
+                ahead_us += rows * self.times.us_per_row(model)
+        return int(ahead_us / max(1, len(serving)))
 
     # Endings
 
@@ -314,25 +196,18 @@ class Scheduler:
         ticket.state = State.DONE
         return Drop(ticket, fault, detail, retry_after_us)
 
-    def _forget(self, ticket: Ticket) -> None:
-        self.rows -= ticket.rows
-        self.bytes -= ticket.bytes
-
-    def _expired(self, now_us: int) -> Iterator[Decision]:
+    def _expired(self, now_us: int) -> Iterator[Drop]:
         for queue in self.queues.values():
-            for ticket in list(queue.expired(now_us)):
-                self._forget(ticket)
+            for ticket in queue.expired(now_us):
                 yield self._drop(ticket, Fault.DEADLINE_EXCEEDED, "the budget ran out in the queue")
-        for group in list(self._open_groups()):
-            for ticket in group.open_tickets():
-                if ticket.deadline_us <= now_us:
-                    yield self._drop(ticket, Fault.DEADLINE_EXCEEDED, "the budget ran out while scoring")
-        self.retries = [group for group in self.retries if group.open_tickets()]
+        for group in self._groups():
+            for ticket in group.expired(now_us):
+                yield self._drop(ticket, Fault.DEADLINE_EXCEEDED, "the budget ran out while scoring")
+        self.retries = [group for group in self.retries if not group.done]
 
     def _excuse_own_pause(self, now_us: int) -> None:
         """Heartbeats that came while this process itself stood still are not read yet: nobody is dead for that."""
-        pause_us = now_us - self._decided_us
-        self._decided_us = now_us
+        pause_us, self._decided_us = now_us - self._decided_us, now_us
         if pause_us > self.rules.lease_us // 2:
             for executor in self.executors.values():
                 executor.seen_us = max(executor.seen_us, now_us - self.rules.lease_us // 2)
@@ -346,178 +221,202 @@ class Scheduler:
         del self.executors[executor.id]
         decisions: list[Decision] = []
         for flight in executor.flights.values():
-            if not flight.group.done and flight.group not in self.retries:
-                flight.group.avoid.add(executor.id)
-                decisions += self._again(flight.group)
+            flight.group.avoid.add(executor.id)
+            decisions += self._again(flight.group)
         return decisions
 
     def _unserved(self) -> Iterator[Decision]:
         """What waits for a model that no executor is left for."""
-        for model, queue in self.queues.items():
-            if queue.count and not any(True for _ in self._serving(model)):
-                for ticket in list(queue.drain()):
-                    self._forget(ticket)
+        for model, queue in list(self.queues.items()):
+            if not self.executors.serving(model):
+                del self.queues[model]
+                for ticket in queue.drain():
                     yield self._drop(ticket, Fault.UNAVAILABLE, "no executor is alive for this model", 1_000)
-        for group in [g for g in self.retries if not any(True for _ in self._serving(g.model))]:
+        for group in [group for group in self.retries if not self.executors.serving(group.model)]:
             self.retries.remove(group)
-            yield from self._give_up(group)
+            if not self.executors.flying(group):
+                yield from self._give_up(group)
 
-    def _give_up(self, group: Group) -> Iterator[Decision]:
+    def _give_up(self, group: Group) -> list[Decision]:
         group.done = True
-        for ticket in group.open_tickets():
-            yield self._drop(ticket, Fault.UNAVAILABLE, "the executor was lost", 1_000)
+        return [self._drop(t, Fault.UNAVAILABLE, "the executor was lost", 1_000) for t in group.open_tickets()]
+
+    # Second tries
 
     def _again(self, group: Group) -> list[Decision]:
-        """Send a group once more, unless another sending of it is still under way or its tries are used up."""
-        if self._flying(group):
+        """Send a group once more, unless that is under way already or its tries are used up."""
+        if group.done or group in self.retries or self.executors.flying(group):
             return []
-        if group.sends >= MAX_SENDS or not any(True for _ in self._serving(group.model)):
-            return list(self._give_up(group))
+        if group.sends >= MAX_SENDS or not self.executors.serving(group.model):
+            return self._give_up(group)
         self.retries.append(group)
         return []
 
-    def _failed(self, group: Group, result: Result) -> list[Decision]:
-        """The forward pass raised: halve the batch, so that one poisonous request fails alone."""
-        if self._flying(group):
+    def _bounced(self, group: Group) -> list[Decision]:
+        """The slot was void: the batch did not run, so this was no try."""
+        group.sends -= 1
+        group.bounces += 1
+        return self._give_up(group) if group.bounces > MAX_BOUNCES else self._again(group)
+
+    def _failed(self, group: Group, fault: Fault, detail: str) -> list[Decision]:
+        """Halve the batch, so that one poisonous request fails alone."""
+        if self.executors.flying(group):
             return []
+        if group in self.retries:
+            self.retries.remove(group)
         group.done = True
-        open_tickets = group.open_tickets()
-        if result.fault != Fault.INTERNAL.name or len(open_tickets) == 1:
-            fault = Fault.__members__.get(result.fault, Fault.INTERNAL)
-            return [self._drop(ticket, fault, result.detail) for ticket in open_tickets]
-        middle = (len(open_tickets) + 1) // 2
-        for half in (open_tickets[:middle], open_tickets[middle:]):
-            if half:
-                self.retries.append(Group(group.model, half, sum(t.rows for t in half)))
+        tickets = group.open_tickets()
+        if len(tickets) == 1 or fault not in (Fault.INTERNAL, Fault.TOO_LARGE):
+            return [self._drop(ticket, fault, detail) for ticket in tickets]
+        middle = len(tickets) // 2
+        self.retries[:0] = [Group(group.model, half) for half in (tickets[:middle], tickets[middle:]) if half]
         return []
 
     def _overdue(self, now_us: int) -> None:
         """Batches whose executor is alive but silent: once more, to another one, if there is one."""
         for executor in self.executors.values():
             for flight in executor.flights.values():
-                group = flight.group
-                if group.done or flight.overdue_us > now_us or executor.id in group.avoid:
+                if flight.overdue_us > now_us:
                     continue
-                executor.abandoned[flight.slot.index] = flight.slot.generation
-                group.avoid.add(executor.id)
-                others = any(e.id not in group.avoid for e in self._serving(group.model))
-                if others and group.sends < MAX_SENDS and group not in self.retries:
+                group = flight.group
+                if not flight.late:
+                    flight.late = True
+                    group.avoid.add(executor.id)
+                if group.done or group.sends >= MAX_SENDS or group in self.retries:
+                    continue
+                if any(other.id not in group.avoid for other in self.executors.serving(group.model)):
                     self.retries.append(group)
 
     # Sending
 
-    def _dispatches(self, now_us: int) -> Iterator[Decision]:
-        sent = True
-        while sent:
-            sent = False
-            ready = [e for e in self.executors.values() if e.up and e.free]
-            for executor in sorted(ready, key=lambda e: len(e.flights)):
+    def _dispatches(self, now_us: int) -> Iterator[Dispatch]:
+        while self.retries or any(queue.count for queue in self.queues.values()):
+            ready = [executor for executor in self.executors.values() if executor.up and executor.free]
+            for executor in sorted(ready, key=lambda executor: len(executor.flights)):
                 group = self._retry_for(executor) or self._cut(executor, now_us)
                 if group is not None:
                     yield self._dispatch(executor, group, now_us)
-                    sent = True
                     break
+            else:
+                return
 
     def _retry_for(self, executor: Executor) -> Group | None:
         for group in self.retries:
             if self._may_take(executor, group):
                 self.retries.remove(group)
-                group.tickets = group.open_tickets()
-                group.rows = sum(ticket.rows for ticket in group.tickets)
-                if group.tickets:
-                    return group
-                group.done = True
-                return self._retry_for(executor)
+                return group if group.is_open() else self._retry_for(executor)
         return None
 
     def _may_take(self, executor: Executor, group: Group) -> bool:
-        """Those that failed a group get it again only when nobody else is left: better twice there than nowhere."""
-        if group.model not in executor.models:
+        """Not to an executor that failed it, unless no other is left that could have it."""
+        if not executor.up or group.model not in executor.models:
             return False
-        return executor.id not in group.avoid or all(e.id in group.avoid for e in self._serving(group.model))
+        if executor.id not in group.avoid:
+            return True
+        return not self.executors.flying(group) and all(
+            other.id in group.avoid for other in self.executors.serving(group.model)
+        )
 
     def _cut(self, executor: Executor, now_us: int) -> Group | None:
         """The next batch for this executor: the most urgent model's tickets, up to the limits."""
-        heads = [(q.head(), q) for model, q in self.queues.items() if q.count and model in executor.models]
-        waiting = [(h.priority, h.deadline_us, h.id, q) for h, q in heads if h is not None]
-        if not waiting:
+        rules = self.rules
+        ready = [
+            (head.priority, head.deadline_us, head.id, model)
+            for model, queue in self.queues.items()
+            if model in executor.models and (head := queue.head()) is not None and self._ripe_us(model, queue) <= now_us
+        ]
+        if not ready:
             return None
-        queue = min(waiting)[3]
-        head = queue.head()
-        if head is None or (self.rules.linger_us and self._lingers(queue, head, now_us)):
-            return None
-        tickets: list[Ticket] = []
-        rows = size = 0
-        limit = self.rules.max_rows if self.rules.coalesce else 0
-        while head is not None and (not tickets or (rows + head.rows <= limit)):
-            if tickets and size + head.bytes > self.rules.max_bytes:
-                break
-            tickets.append(queue.pop())
-            head.state = State.IN_FLIGHT
-            self._forget(head)
-            rows += head.rows
-            size += head.bytes
-            head = queue.head()
-        return Group(tickets[0].model, tickets, rows)
+        model = min(ready)[3]
+        return Group(model, self.queues[model].cut(rules.max_rows, rules.max_bytes, rules.coalesce))
 
-    def _lingers(self, queue: Queue, head: Ticket, now_us: int) -> bool:
-        return queue.rows < self.rules.max_rows and now_us < head.arrived_us + self.rules.linger_us
+    def _ripe_us(self, model: ModelKey, queue: Queue) -> int:
+        """Until when a batch may wait for company: not at all unless there is a linger."""
+        rules = self.rules
+        due_us = queue.earliest_deadline()
+        if not rules.linger_us or not rules.coalesce or due_us is None:
+            return 0
+        if queue.rows >= rules.max_rows or queue.bytes >= rules.max_bytes:
+            return 0
+        return min(queue.since_us + rules.linger_us, due_us - self.times.predict(model, queue.rows))
 
     def _dispatch(self, executor: Executor, group: Group, now_us: int) -> Dispatch:
-        slot = executor.spend(next(iter(executor.free)))
+        rules = self.rules
+        tickets = group.open_tickets()
+        rows = sum(ticket.rows for ticket in tickets)
         self._batches += 1
         group.sends += 1
-        predicted = self.times.predict(group.model, group.rows)
-        ahead = sum(self.times.predict(f.group.model, f.group.rows) for f in executor.flights.values())
-        patience = max(int(self.rules.failover_factor * (ahead + predicted)), self.rules.failover_floor_us)
-        overdue_us = now_us + (patience if predicted else max(patience, self.rules.lease_us))
+        predicted_us = self.times.predict(group.model, rows)
+        patience_us = int(rules.failover_factor * (executor.remaining_us(now_us) + predicted_us))
+        patience_us = max(patience_us, rules.failover_floor_us, 0 if predicted_us else rules.lease_us)
+        slot = executor.spend()
         executor.flights[self._batches] = Flight(
-            self._batches, group, group.tickets, executor.id, slot, now_us, overdue_us
+            self._batches, group, slot, tickets, rows, now_us, predicted_us, now_us + patience_us
         )
-        budget_us = max(ticket.deadline_us for ticket in group.tickets) - now_us
-        demand = self._demand(executor, now_us)
         return Dispatch(
             batch=self._batches,
             executor=executor.id,
             slot=slot,
             model=group.model,
-            tickets=group.tickets,
-            rows=group.rows,
-            budget_us=max(budget_us, 0),
-            demand=demand,
+            tickets=tickets,
+            rows=rows,
+            budget_us=max(0, max(ticket.deadline_us for ticket in tickets) - now_us),
+            demand=self._demand(executor, now_us),
             again=group.sends > 1,
         )
 
-    def _pleas(self, now_us: int) -> Iterator[Decision]:
+    # Asking for slots
+
+    def _pleas(self, now_us: int) -> Iterator[Plead]:
         for executor in self.executors.values():
-            if not executor.abandoned and not (self.rows and self._wants_slot(executor)):
-                continue
-            if now_us - executor.demanded_us >= DEMAND_EVERY_US:
+            if self._pleads(executor) and now_us - executor.demanded_us >= DEMAND_EVERY_US:
                 executor.demanded_us = now_us
                 yield Plead(executor.id, self._demand(executor, now_us))
 
-    def _wants_slot(self, executor: Executor) -> bool:
-        """Whether asking could help: it serves something that waits, and others hold slots of it."""
-        if executor.free or not executor.up or len(executor.flights) >= executor.slots:
-            return False
-        return any(self.queues[model].count for model in executor.models if model in self.queues)
+    def _pleads(self, executor: Executor) -> bool:
+        """Whether asking could help: it has work that waits here, and others hold slots of it."""
+        if executor.abandoned:
+            return True
+        return executor.up and not executor.free and not executor.full() and self._wants(executor)
+
+    def _wants(self, executor: Executor) -> bool:
+        if any(self._may_take(executor, group) for group in self.retries):
+            return True
+        return any(queue.count and model in executor.models for model, queue in self.queues.items())
 
     def _demand(self, executor: Executor, now_us: int) -> Demand:
-        waiting = [q for model, q in self.queues.items() if q.count and model in executor.models]
-        deadlines = [due for q in waiting if (due := q.earliest_deadline()) is not None]
-        slack = max(0, min(deadlines) - now_us) if deadlines else 0
-        returned = tuple(Slot(i, g) for i, g in executor.abandoned.items())
-        return Demand(self.name, sum(q.rows for q in waiting), slack, returned)
+        queues = [queue for model, queue in self.queues.items() if queue.count and model in executor.models]
+        groups = [group for group in self.retries if self._may_take(executor, group)]
+        waiting: list[Queue | Group] = [*queues, *groups]
+        rows = sum(one.rows for one in waiting)
+        deadlines = [due for one in waiting if (due := one.earliest_deadline()) is not None]
+        slack_us = max(0, min(deadlines) - now_us) if deadlines else 0
+        returned = tuple(Slot(index, generation) for index, generation in executor.abandoned.items())
+        return Demand(self.name, rows, slack_us, returned)
 
     # Looking around
 
-    def _serving(self, model: ModelKey) -> Iterator[Executor]:
-        return (e for e in self.executors.values() if e.up and model in e.models)
+    def _alarms(self, now_us: int) -> Iterator[int]:
+        for model, queue in self.queues.items():
+            due_us = queue.earliest_deadline()
+            if due_us is not None:
+                yield due_us
+                ripe_us = self._ripe_us(model, queue)
+                if ripe_us > now_us:
+                    yield ripe_us
+        for group in self._groups():
+            due_us = group.earliest_deadline()
+            if due_us is not None:
+                yield due_us
+        for executor in self.executors.values():
+            yield executor.seen_us + self.rules.lease_us
+            yield from (f.overdue_us for f in executor.flights.values() if not f.late)
+            if self._pleads(executor):
+                yield executor.demanded_us + DEMAND_EVERY_US
+            if executor.free and any(self._may_take(executor, group) for group in self.retries):
+                yield now_us
 
-    def _flying(self, group: Group) -> bool:
-        return any(f.group is group for e in self.executors.values() for f in e.flights.values())
-
-    def _open_groups(self) -> Iterable[Group]:
-        flying = {id(f.group): f.group for e in self.executors.values() for f in e.flights.values()}
-        flying |= {id(group): group for group in self.retries}
-        return [group for group in flying.values() if not group.done]
+    def _groups(self) -> Iterator[Group]:
+        """What was cut and may still be answered; one that flies twice comes twice."""
+        groups = chain(self.executors.groups(), self.retries)
+        return (group for group in groups if not group.done)

@@ -1,0 +1,54 @@
+"""What the batcher's policy is told once, and what it says. Times in µs."""
+
+from msgspec import Struct
+
+from narsil_stream.actors.queue import ModelKey, Ticket
+from narsil_stream.schemas.errors import Fault
+from narsil_stream.schemas.internal import Demand, Slot
+
+
+class Rules(Struct, frozen=True):
+    max_rows: int
+    max_bytes: int
+    queue_rows: int
+    queue_bytes: int
+    lease_us: int
+    failover_floor_us: int
+    failover_factor: float
+    linger_us: int = 0
+    coalesce: bool = True
+    """False: one request is one batch (mode `worker`)."""
+
+
+class Dispatch(Struct, frozen=True):
+    """Send these tickets as one batch."""
+
+    batch: int
+    executor: str
+    slot: Slot
+    model: ModelKey
+    tickets: list[Ticket]
+    rows: int
+    budget_us: int
+    demand: Demand
+    again: bool
+    """Sent before, to an executor that was lost or silent."""
+
+
+class Drop(Struct, frozen=True):
+    """Answer this ticket with an error."""
+
+    ticket: Ticket
+    fault: Fault
+    detail: str
+    retry_after_us: int = 0
+
+
+class Plead(Struct, frozen=True):
+    """Tell an executor what waits."""
+
+    executor: str
+    demand: Demand
+
+
+Decision = Dispatch | Drop | Plead

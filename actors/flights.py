@@ -1,0 +1,151 @@
+"""What the batcher knows of batches under way and of the executors that they went to. Pure; times in monotonic µs."""
+
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass, field
+from operator import attrgetter
+
+from narsil_stream.actors.queue import ModelKey, State, Ticket
+from narsil_stream.schemas.internal import ExecutorBeat, Slot
+
+DEMAND_EVERY_US = 20_000
+"""How often an executor is asked for a slot again."""
+
+
+class Group:
+    """Tickets that travel as one batch, with the history of its sendings."""
+
+    def __init__(self, model: ModelKey, tickets: Iterable[Ticket]) -> None:
+        self.model = model
+        self.sends = 0
+        self.bounces = 0
+        self.avoid: set[str] = set()
+        """Executors that were lost or silent with it."""
+        self.done = False
+        """Nobody waits for it any more, though it may still be under way."""
+        self._tickets = sorted(tickets, key=attrgetter("deadline_us"))
+
+    @property
+    def rows(self) -> int:
+        """Of its open tickets."""
+        return sum(ticket.rows for ticket in self.open_tickets())
+
+    def open_tickets(self) -> list[Ticket]:
+        return [ticket for ticket in self._tickets if ticket.state is State.IN_FLIGHT]
+
+    def is_open(self) -> bool:
+        return not self.done and any(ticket.state is State.IN_FLIGHT for ticket in self._tickets)
+
+    def expired(self, now_us: int) -> list[Ticket]:
+        """Takes out those whose deadline has passed."""
+        tickets = self._tickets
+        past = 0
+        while past < len(tickets) and (tickets[past].deadline_us <= now_us or tickets[past].state is State.DONE):
+            past += 1
+        gone = [ticket for ticket in tickets[:past] if ticket.state is State.IN_FLIGHT]
+        del tickets[:past]
+        self.done = self.done or not tickets
+        return gone
+
+    def earliest_deadline(self) -> int | None:
+        """May be that of a ticket that has left."""
+        return self._tickets[0].deadline_us if self._tickets else None
+
+
+@dataclass(slots=True, eq=False)
+class Flight:
+    """One sending of a group. Its rows are those of the tickets that were open then."""
+
+    batch: int
+    group: Group
+    slot: Slot
+    tickets: list[Ticket]
+    rows: int
+    sent_us: int
+    predicted_us: int
+    overdue_us: int
+    late: bool = False
+    """It was overdue: the batch or its result may be lost."""
+
+
+@dataclass(slots=True, eq=False)
+class Executor:
+    """One executor, as far as this batcher has heard."""
+
+    id: str
+    seen_us: int
+    models: frozenset[ModelKey] = frozenset()
+    slots: int = 0
+    up: bool = True
+    free: dict[int, int] = field(default_factory=dict)
+    """Slots in hand: index -> generation."""
+    spent: dict[int, int] = field(default_factory=dict)
+    """Newest generation of each slot that was used."""
+    flights: dict[int, Flight] = field(default_factory=dict)
+    abandoned: dict[int, int] = field(default_factory=dict)
+    """Slots whose batch may never have arrived: given back with every demand until the executor says otherwise."""
+    demanded_us: int = -DEMAND_EVERY_US
+    landed_us: int = 0
+    """When the last result came."""
+
+    def hear(self, beat: ExecutorBeat, batcher: str, now_us: int) -> list[Flight]:
+        """Takes out and returns flights that have ended although no result came: their slot has moved on."""
+        self.seen_us = now_us
+        self.models = frozenset(ModelKey(ref.name, ref.version) for ref in beat.models)
+        self.slots = beat.slots
+        self.up = beat.state == "up"
+        held = {lease.slot: lease.busy for lease in beat.leases if lease.batcher == batcher}
+        idle = [slot for slot, busy in held.items() if not busy]
+        self.free.clear()
+        for slot in idle:
+            self.offer_slot(slot)
+        coming = {flight.slot for flight in self.flights.values() if not flight.late}
+        self.abandoned = {
+            slot.index: slot.generation
+            for slot in idle
+            if slot.generation == self.spent.get(slot.index) and slot not in coming
+        }
+        ended = [flight for flight in self.flights.values() if flight.late and flight.slot not in held]
+        for flight in ended:
+            del self.flights[flight.batch]
+        return ended
+
+    def offer_slot(self, slot: Slot) -> None:
+        """Messages overtake each other: only what is newer than all that was known counts."""
+        if slot.generation > max(self.spent.get(slot.index, -1), self.free.get(slot.index, -1)):
+            self.free[slot.index] = slot.generation
+
+    def spend(self) -> Slot:
+        index, generation = self.free.popitem()
+        self.spent[index] = generation
+        return Slot(index, generation)
+
+    def take_back(self, flight: Flight) -> None:
+        """The batch was not sent after all."""
+        del self.flights[flight.batch]
+        del self.spent[flight.slot.index]
+        self.offer_slot(flight.slot)
+
+    def remaining_us(self, now_us: int) -> int:
+        """Predicted time until all that was sent there is computed, one batch after the other."""
+        flights = [flight for flight in self.flights.values() if not flight.late]
+        if not flights:
+            return 0
+        took_us = now_us - max(flights[0].sent_us, self.landed_us)
+        return max(0, sum(flight.predicted_us for flight in flights) - took_us)
+
+    def full(self) -> bool:
+        """Whether all its slots are in use by this batcher."""
+        return sum(not flight.late for flight in self.flights.values()) >= self.slots
+
+
+class Fleet(dict[str, Executor]):
+    """The executors that are alive, by id."""
+
+    def serving(self, model: ModelKey) -> list[Executor]:
+        return [executor for executor in self.values() if executor.up and model in executor.models]
+
+    def flying(self, group: Group) -> bool:
+        return any(flight.group is group for executor in self.values() for flight in executor.flights.values())
+
+    def groups(self) -> Iterator[Group]:
+        return (flight.group for executor in self.values() for flight in executor.flights.values())
