@@ -17,8 +17,9 @@ from nats.micro.service import EndpointStats
 from prometheus_client import Counter, Histogram
 
 from narsil_stream.actors.catalogue import Catalogue, Described
+from narsil_stream.actors.decisions import Decision, Dispatch, Drop, Plead, Rules
 from narsil_stream.actors.queue import State, Ticket
-from narsil_stream.actors.scheduling import Decision, Dispatch, Drop, Plead, Rules, Scheduler
+from narsil_stream.actors.scheduling import Scheduler
 from narsil_stream.core.actor import Actor, now_us, unix_us
 from narsil_stream.core.admission import Rows, one_hot_lengths
 from narsil_stream.core.bus import Bus
@@ -314,7 +315,9 @@ class Batcher(Actor[Message]):
         try:
             self._bus.send(subjects.executor(decision.executor), self._join(decision))
         except Refused as refused:
-            log.warning("a batch was not sent (%s); it goes to another executor", refused.detail)
+            log.warning("a batch was not sent (%s); it goes again", refused.detail)
+            if refused.fault is Fault.TOO_LARGE:
+                self._act(self.policy.too_large(decision, refused.detail))
 
     def _join(self, decision: Dispatch) -> Batch:
         parts: list[Rows] = [ticket.payload.rows for ticket in decision.tickets]
