@@ -10,7 +10,7 @@ import ssl
 from collections import deque
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import msgspec
 import nats
@@ -21,6 +21,7 @@ from nats.aio.subscription import Subscription
 
 from narsil_stream.core.config import NatsConfig
 from narsil_stream.core.config.settings import without_login
+from narsil_stream.core.parser import Parser
 from narsil_stream.schemas.errors import Fault, Refused
 
 log = logging.getLogger(__name__)
@@ -34,6 +35,14 @@ PROTOCOL_ERRORS = (OSError, nats.errors.Error, asyncio.TimeoutError)
 _encode = msgspec.msgpack.Encoder().encode
 
 
+class Listening(NamedTuple):
+    """Somebody of this process who listens to a subject."""
+
+    owner: object
+    subscription: Subscription
+    local: Callable[[Any], None] | None
+
+
 class Bus:
     """One per process. Handlers are plain functions: they take a message and return at once."""
 
@@ -41,8 +50,9 @@ class Bus:
         self._config = config
         self._name = name
         self._nats = NatsClient()
-        self._local: dict[str, Callable[[Any], None]] = {}
-        self._subscriptions: dict[str, Subscription] = {}
+        self._parser = self._nats._ps = Parser(self._nats)
+        self._local: dict[str, list[Callable[[Any], None]]] = {}
+        self._subscriptions: dict[str, list[Listening]] = {}
         self._outbox: deque[tuple[str, bytes, str, dict[str, str] | None]] = deque()
         self._outbox_bytes = 0
         self._filled = asyncio.Event()
@@ -53,8 +63,7 @@ class Bus:
         self.on_back: list[Callable[[], None]] = []
         self.closed = asyncio.Event()
         """Set when the client gave up for good, e.g. for refused credentials."""
-        self.dropped = 0
-        """Messages that came faster than they were taken (slow consumer), or that could not be sent any more."""
+        self._dropped = 0
 
     async def connect(self, timeout: float = 10.0) -> None:
         """Connect, trying for `timeout` seconds. Raises `Refused` UNAVAILABLE or UNAUTHENTICATED, with the reason."""
@@ -82,24 +91,33 @@ class Bus:
         """Bytes that one message may hold, headers not counted."""
         return int(self._nats.max_payload) - HEADER_ROOM
 
+    @property
+    def dropped(self) -> int:
+        """Messages that were unreadable, came faster than they were taken, or could not be sent any more."""
+        return self._dropped + self._parser.unreadable
+
     def is_local(self, subject: str) -> bool:
         return subject in self._local
 
     def send(self, subject: str, message: Struct) -> None:
         """To the one who listens on `subject`: by reference in this process, else encoded."""
-        handler = self._local.get(subject)
-        if handler is not None:
-            handler(message)
-        else:
+        handlers = self._local.get(subject)
+        if handlers is None:
             self.publish(subject, _encode(message))
+            return
+        for handler in handlers:
+            handler(message)
 
     def broadcast(self, subject: str, message: Struct) -> None:
-        """To all who listen, here and elsewhere. Not sent while disconnected: the next one will be."""
-        handler = self._local.get(subject)
-        if handler is not None:
+        """To all who listen, here and elsewhere. Raises nothing: what cannot be sent now is left to the next one."""
+        for handler in self._local.get(subject, ()):
             handler(message)
         if self.connected:
-            self.publish(subject, _encode(message))
+            try:
+                self.publish(subject, _encode(message))
+            except Refused as refused:
+                self._dropped += 1
+                log.warning("a message on %s was not sent: %s", subject, refused.detail)
 
     def publish(self, subject: str, payload: bytes, reply: str = "", headers: dict[str, str] | None = None) -> None:
         """Queue raw bytes. Raises `Refused`: UNAVAILABLE when disconnected, TOO_LARGE, OVERLOADED."""
@@ -120,37 +138,67 @@ class Bus:
         subject: str,
         handler: Callable[[Any], None],
         decode: Callable[[bytes], Any],
+        owner: object = None,
     ) -> None:
-        """Decoded messages of a subject that is spoken between actors. Undecodable ones are dropped and counted."""
+        """Decoded messages of a subject that is spoken between actors. Undecodable ones are dropped and counted.
+
+        Several actors of one process may listen to one subject; `owner` tells them apart for `unsubscribe`.
+        """
 
         def on_message(message: Msg) -> None:
             try:
                 decoded = decode(message.data)
-            except (msgspec.MsgspecError, UnicodeDecodeError) as error:
-                self.dropped += 1
+            except (msgspec.MsgspecError, ValueError, RecursionError) as error:
+                self._dropped += 1
                 log.warning("dropped an undecodable message on %s: %s", subject, error)
                 return
             handler(decoded)
 
-        self._local[subject] = handler
-        await self.subscribe(subject, on_message)
+        # Rebound, never changed: `send` may be going through the list.
+        self._local[subject] = [*self._local.get(subject, ()), handler]
+        await self._subscribe(subject, on_message, "", owner, handler)
 
-    async def subscribe(self, subject: str, handler: Callable[[Msg], None], queue: str = "") -> None:
+    async def subscribe(
+        self, subject: str, handler: Callable[[Msg], None], queue: str = "", owner: object = None
+    ) -> None:
         """Raw messages of a subject, wildcards allowed."""
+        await self._subscribe(subject, handler, queue, owner, None)
 
+    async def _subscribe(
+        self,
+        subject: str,
+        handler: Callable[[Msg], None],
+        queue: str,
+        owner: object,
+        local: Callable[[Any], None] | None,
+    ) -> None:
         async def on_message(message: Msg) -> None:
-            handler(message)
+            try:
+                handler(message)
+            except Refused as refused:
+                log.info("a message on %s has no answer: %s", subject, refused.detail)
+            except Exception:
+                log.exception("a message on %s could not be handled", subject)
 
-        self._subscriptions[subject] = await self._nats.subscribe(
+        subscription = await self._nats.subscribe(
             subject, queue=queue, cb=on_message, pending_msgs_limit=65_536, pending_bytes_limit=256 << 20
         )
+        self._subscriptions.setdefault(subject, []).append(Listening(owner, subscription, local))
 
-    async def unsubscribe(self, subject: str) -> None:
-        """Stop taking; what the server has already sent is still handled before this returns."""
-        self._local.pop(subject, None)
-        subscription = self._subscriptions.pop(subject, None)
-        if subscription is None or not self.connected:
-            return
+    async def unsubscribe(self, subject: str, owner: object = None) -> None:
+        """The owner stops taking; what the server has already sent is still handled before this returns."""
+        heard = self._subscriptions.pop(subject, [])
+        if others := [one for one in heard if one.owner is not owner]:
+            self._subscriptions[subject] = others
+        if local := [one.local for one in others if one.local is not None]:
+            self._local[subject] = local
+        else:
+            self._local.pop(subject, None)
+        for one in heard:
+            if one.owner is owner and self.connected:
+                await self._leave(subject, one.subscription)
+
+    async def _leave(self, subject: str, subscription: Subscription) -> None:
         try:
             await asyncio.wait_for(subscription.drain(), 1.0)
         except PROTOCOL_ERRORS:
@@ -194,13 +242,13 @@ class Bus:
                 subject, payload, reply, headers = self._outbox.popleft()
                 self._outbox_bytes -= len(payload)
                 if not self.connected:
-                    self.dropped += 1
+                    self._dropped += 1
                     continue
                 try:
                     await self._nats.publish(subject, payload, reply, headers)
-                except PROTOCOL_ERRORS as error:
-                    self.dropped += 1
-                    log.warning("a message to %s was not sent: %s", subject, error)
+                except Exception as error:  # whatever it is, the next message must leave
+                    self._dropped += 1
+                    log.warning("a message to %s was not sent: %r", subject, error)
 
     def _unconnected(self, error: Exception) -> Refused:
         reason = str(error) or type(error).__name__
@@ -249,7 +297,7 @@ class Bus:
 
     async def _on_error(self, error: Exception) -> None:
         if isinstance(error, nats.errors.SlowConsumerError):
-            self.dropped += 1
+            self._dropped += 1
         else:
             log.info("NATS: %s", error or type(error).__name__)
 

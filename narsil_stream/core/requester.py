@@ -5,6 +5,7 @@ goodbye, loses its open requests to another one; forward passes are idempotent, 
 """
 
 import asyncio
+import contextlib
 import itertools
 import logging
 import secrets
@@ -17,6 +18,7 @@ import msgspec
 from narsil_stream.core.actor import now_us, unix_us
 from narsil_stream.core.bus import Bus
 from narsil_stream.core.config import Config
+from narsil_stream.core.versions import newness
 from narsil_stream.schemas import subjects
 from narsil_stream.schemas.errors import Fault, Refused
 from narsil_stream.schemas.internal import Answers, Ask, BatcherBeat, Bundle, Cancel, ModelCard, ModelRef
@@ -91,8 +93,8 @@ class Requester:
     # Life
 
     async def start(self) -> None:
-        await self._bus.listen(self._inbox, self._on_answers, _decode_answers)
-        await self._bus.listen(subjects.BATCHER_BEAT, self._on_beat, _decode_beat)
+        await self._bus.listen(self._inbox, self._on_answers, _decode_answers, owner=self)
+        await self._bus.listen(subjects.BATCHER_BEAT, self._on_beat, _decode_beat, owner=self)
         self._bus.on_lost.append(self._on_lost)
         self._bus.on_back.append(self._say_hello)
         await self._bus.flush()
@@ -106,10 +108,11 @@ class Requester:
         for timer in (self._timer, self._checks):
             if timer is not None:
                 timer.cancel()
-        self._bus.on_lost.remove(self._on_lost)
-        self._bus.on_back.remove(self._say_hello)
-        await self._bus.unsubscribe(self._inbox)
-        await self._bus.unsubscribe(subjects.BATCHER_BEAT)
+        with contextlib.suppress(ValueError):  # not started
+            self._bus.on_lost.remove(self._on_lost)
+            self._bus.on_back.remove(self._say_hello)
+        await self._bus.unsubscribe(self._inbox, owner=self)
+        await self._bus.unsubscribe(subjects.BATCHER_BEAT, owner=self)
 
     async def wait_ready(self, timeout: float) -> bool:
         """Whether some model is served, waiting for it up to `timeout` seconds."""
@@ -136,11 +139,16 @@ class Requester:
         return tuple(sorted({ref for peer in self._peers.values() if peer.up for ref in peer.models}, key=str))
 
     async def card(self, model: str, version: str = "") -> ModelCard:
-        """The description of a served model. Raises `Refused` NOT_FOUND or UNAVAILABLE."""
-        for peer in self._alive():
-            for ref in reversed(peer.models):
-                if ref.name == model and version in ("", ref.version):
-                    return await self._described(peer, ref)
+        """The description of a served model, the newest version unless one is named. Raises `Refused`."""
+        wanted = [
+            (newness(ref.version), peer, ref)
+            for peer in self._alive()
+            for ref in peer.models
+            if ref.name == model and version in ("", ref.version)
+        ]
+        if wanted:
+            _, peer, ref = max(wanted, key=lambda found: found[0])
+            return await self._described(peer, ref)
         if not self.ready:
             raise Refused(Fault.UNAVAILABLE, "no executor is alive", 500_000)
         raise Refused(
@@ -197,8 +205,8 @@ class Requester:
             bundle: list[Pending] = []
             size = 0
             for pending in pendings:
-                if pending.future.done():
-                    continue
+                if pending.future.done() or pending.batcher != batcher:
+                    continue  # it ended, or moved on to another batcher, within this turn
                 bundle.append(pending)
                 size += sum(tensor.data.nbytes for tensor in pending.request.inputs)
                 if size >= BUNDLE_BYTES:

@@ -40,10 +40,10 @@ class ServiceApi:
 
     async def start(self) -> None:
         for subject in self._answers:
-            await self._bus.subscribe(subject, self._on_message)
+            await self._bus.subscribe(subject, self._on_message, owner=self)
 
     async def stop(self) -> None:
-        await asyncio.gather(*(self._bus.unsubscribe(subject) for subject in self._answers))
+        await asyncio.gather(*(self._bus.unsubscribe(subject, owner=self) for subject in self._answers))
 
     def _on_message(self, message: Msg) -> None:
         if message.reply:
