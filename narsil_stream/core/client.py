@@ -5,6 +5,7 @@ import random
 import threading
 import uuid
 from collections.abc import Coroutine
+from concurrent.futures import CancelledError
 from typing import Any, Self, TypeVar
 
 import numpy as np
@@ -41,8 +42,12 @@ class Client:
 
     async def __aenter__(self) -> Self:
         await self._bus.connect(self._connect_timeout_s)
-        await self._requester.start()
-        await self._requester.wait_ready(self._connect_timeout_s)
+        try:
+            await self._requester.start()
+            await self._requester.wait_ready(self._connect_timeout_s)
+        except BaseException:
+            await self._bus.close()
+            raise
         return self
 
     async def __aexit__(self, *error: object) -> None:
@@ -115,6 +120,8 @@ class BlockingClient:
         self._loop = asyncio.new_event_loop()
         self._thread = threading.Thread(target=self._loop.run_forever, name="narsil-client", daemon=True)
         self._client: Client | None = None
+        self._taking = threading.Lock()
+        self._closed = False
 
     def __enter__(self) -> Self:
         self._thread.start()
@@ -141,6 +148,9 @@ class BlockingClient:
 
     def models(self) -> tuple[ModelRef, ...]:
         """What is served now."""
+        return self._wait(self._models())
+
+    async def _models(self) -> tuple[ModelRef, ...]:
         return self._opened.models()
 
     async def _open(self) -> Client:
@@ -153,12 +163,34 @@ class BlockingClient:
         return self._client
 
     def _wait(self, coroutine: Coroutine[Any, Any, T]) -> T:
-        return asyncio.run_coroutine_threadsafe(coroutine, self._loop).result()
+        with self._taking:
+            if self._closed:
+                coroutine.close()
+                raise Refused(Fault.UNAVAILABLE, "this client is closed")
+            future = asyncio.run_coroutine_threadsafe(coroutine, self._loop)
+        try:
+            return future.result()
+        except CancelledError:
+            raise Refused(Fault.UNAVAILABLE, "this client was closed") from None
+        except BaseException:
+            future.cancel()  # interrupted, e.g. by Ctrl-C: nobody waits for it any more
+            raise
 
     def _end(self) -> None:
+        """Other threads may still wait for their scores: none of them shall wait for ever."""
+        with self._taking:
+            self._closed = True
+        asyncio.run_coroutine_threadsafe(_cancel_others(), self._loop).result()
         self._loop.call_soon_threadsafe(self._loop.stop)
         self._thread.join()
         self._loop.close()
+
+
+async def _cancel_others() -> None:
+    others = asyncio.all_tasks() - {asyncio.current_task()}
+    for task in others:
+        task.cancel()
+    await asyncio.gather(*others, return_exceptions=True)
 
 
 def make_request(
