@@ -1,6 +1,7 @@
 """The metrics port: what all processes reported, under one roof, and the health of each."""
 
 import http.server
+import logging
 import threading
 from collections.abc import Callable, Iterable, Mapping
 from typing import Any
@@ -13,6 +14,8 @@ from prometheus_client.parser import text_string_to_metric_families
 from prometheus_client.registry import Collector
 
 from narsil_stream.schemas.internal import Report
+
+log = logging.getLogger(__name__)
 
 Health = Mapping[str, Any]
 
@@ -30,11 +33,20 @@ class Reported(Collector):
         families: dict[str, Metric] = {}
         for report in self._reports():
             whose = {"kind": report.kind, "actor": report.actor}
-            for family in text_string_to_metric_families(report.metrics):
+            for family in _parsed(report):
                 merged = families.setdefault(family.name, Metric(family.name, family.documentation, family.type))
                 for sample in family.samples:
                     merged.samples.append(sample._replace(labels=sample.labels | whose))
         return families.values()
+
+
+def _parsed(report: Report) -> list[Metric]:
+    """Nothing for a report that is not Prometheus's text: one bad process must not hide the others."""
+    try:
+        return list(text_string_to_metric_families(report.metrics))
+    except Exception as error:  # the parser raises what it stumbles over
+        log.warning("the metrics of %s cannot be read: %s", report.actor, error)
+        return []
 
 
 class MetricsServer:

@@ -1,6 +1,7 @@
 """TCP ports: free ones found, taken ones named together with the setting that chose them."""
 
 import contextlib
+import errno
 import socket
 from collections.abc import Iterator
 
@@ -24,7 +25,7 @@ def reserve(host: str, port: int, key: str, *, share: bool = False) -> Iterator[
 
     `share`: it may be in use already, by processes that share it. Raises `PortTaken`.
     """
-    family = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)[0][0]
+    family = _family(host, port, key)
     if port and not share:
         with socket.socket(family, socket.SOCK_STREAM) as alone:
             alone.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
@@ -42,9 +43,16 @@ def free_port(host: str, port: int, key: str) -> int:
         return found
 
 
+def _family(host: str, port: int, key: str) -> int:
+    try:
+        return socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)[0][0]
+    except (OSError, UnicodeError) as error:  # UnicodeError: a label that is too long
+        raise PortTaken(host, port, key, str(getattr(error, "strerror", None) or error)) from None
+
+
 def _bind(sock: socket.socket, host: str, port: int, key: str) -> None:
     try:
         sock.bind((host, port))
     except OSError as error:
-        reason = "something listens there already" if error.errno == 98 else str(error.strerror or error)
+        reason = "something listens there already" if error.errno == errno.EADDRINUSE else str(error.strerror or error)
         raise PortTaken(host, port, key, reason) from None
