@@ -6,7 +6,7 @@ import logging
 import math
 from collections.abc import Awaitable, Callable
 from http import HTTPStatus
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, Self
 
 import msgspec
 from granian.constants import HTTPModes, Interfaces
@@ -32,6 +32,10 @@ PARALLEL = 8_192
 """Requests that one gateway process works on at a time; more wait in their sockets."""
 
 
+WATCH_AFTER_S = 0.01
+"""Whether a caller is still there is asked only when its answer takes longer than this: asking costs 8 µs."""
+
+
 class Reply(NamedTuple):
     status: int
     body: bytes
@@ -46,6 +50,34 @@ class Problem(Exception):
         self.status = status
         self.detail = detail
         self.headers = headers
+
+
+class WhileThere:
+    """`with WhileThere(proto) as caller`: the block is cancelled when the caller leaves, and `caller.left` is true."""
+
+    def __init__(self, proto: HTTPProtocol) -> None:
+        self._proto = proto
+        self._gone: asyncio.Future[None] | None = None
+        self.left = False
+
+    def __enter__(self) -> Self:
+        self._task = asyncio.current_task()
+        self._timer = asyncio.get_running_loop().call_later(WATCH_AFTER_S, self._watch)
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        self._timer.cancel()
+        if self._gone is not None:
+            self._gone.remove_done_callback(self._leave)
+            self._gone.cancel()
+
+    def _watch(self) -> None:
+        self._gone = asyncio.ensure_future(self._proto.client_disconnect())
+        self._gone.add_done_callback(self._leave)
+
+    def _leave(self, _: asyncio.Future[None]) -> None:
+        if self._task is not None:
+            self.left = self._task.cancel()
 
 
 class HttpGateway(Actor[None]):
@@ -190,7 +222,7 @@ class HttpGateway(Actor[None]):
                 raise Problem(HTTPStatus.NOT_FOUND, f"no such path: {scope.path}; the protocol's paths begin with /v2")
         method = "GET" if scope.method == "HEAD" else scope.method
         if method not in handlers:
-            allowed = ", ".join(handlers)
+            allowed = ", ".join([*handlers, "HEAD"] if "GET" in handlers else handlers)
             raise Problem(
                 HTTPStatus.METHOD_NOT_ALLOWED, f"{scope.method} is not possible here; use {allowed}", ("allow", allowed)
             )
@@ -208,16 +240,19 @@ class HttpGateway(Actor[None]):
 
     async def _ask(self, scope: Scope, proto: HTTPProtocol, model: str, version: str) -> InferAnswer:
         """The answer, which may be an error: nothing is raised, so that each request is counted as ended once."""
-        id = ""
+        id, caller = "", WhileThere(proto)
         try:
             request = codec.decode_json_request(await self._body(scope, proto))
             id = request.id
-            return await self._requester.ask(model, version, request)
+            with caller:
+                return await self._requester.ask(model, version, request)
         except Refused as refused:
             return InferAnswer(
                 id, fault=refused.fault.name, detail=refused.detail, retry_after_us=refused.retry_after_us
             )
         except BaseException:
+            if caller.left:
+                return InferAnswer(id, fault=Fault.CANCELLED.name, detail="the caller has left")
             self._metrics.by_fault(Fault.CANCELLED.name)
             raise
 

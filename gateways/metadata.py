@@ -3,6 +3,7 @@
 from typing import Any
 
 from narsil_stream import __version__
+from narsil_stream.core.versions import newness
 from narsil_stream.schemas.internal import ModelCard, ModelRef
 
 SERVER = {"name": "narsil-stream", "version": __version__, "extensions": []}
@@ -13,7 +14,7 @@ def model_metadata(card: ModelCard, served: tuple[ModelRef, ...]) -> dict[str, A
     spec = card.spec
     return {
         "name": spec.name,
-        "versions": sorted(ref.version for ref in served if ref.name == spec.name),
+        "versions": sorted((ref.version for ref in served if ref.name == spec.name), key=newness),
         "platform": f"narsil_{spec.architecture.__struct_config__.tag}",
         "inputs": [
             {"name": "dense", "datatype": "FP32", "shape": [-1, spec.n_dense]},

@@ -4,6 +4,7 @@ Function scope: yours to break. `shared_*`: one for the whole run, for tests tha
 """
 
 import os
+import socket
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -19,6 +20,14 @@ def nats_server() -> Iterator[NatsServer]:
     """A broker of the test's own. About 30 ms."""
     with NatsServer() as server:
         yield server
+
+
+@pytest.fixture
+def free_port() -> int:
+    """A TCP port that nobody uses now, for a process that cannot say which one it took."""
+    with socket.socket() as sock:
+        sock.bind(("127.0.0.1", 0))
+        return int(sock.getsockname()[1])
 
 
 @pytest.fixture(scope="session")
@@ -38,8 +47,8 @@ def system(nats_server: NatsServer, criteo_model: Path) -> Iterator[System]:
 
 @pytest.fixture(scope="session")
 def shared_system(criteo_model: Path) -> Iterator[System]:
-    """As `system`, but started once."""
-    with NatsServer() as server, System(server.url, criteo_model) as running:
+    """As `system`, with an HTTP gateway, but started once."""
+    with NatsServer() as server, System(server.url, criteo_model, gateways=1) as running:
         yield running
 
 

@@ -10,12 +10,12 @@ import sys
 import tempfile
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Coroutine
 from concurrent.futures import Future
 from contextlib import AsyncExitStack
 from functools import partial
 from pathlib import Path
-from typing import Any, Self
+from typing import Any, Self, TypeVar
 
 import numpy as np
 import uvloop
@@ -26,13 +26,17 @@ from numpy.typing import NDArray
 from narsil_stream.actors.batcher import Batcher
 from narsil_stream.actors.executor import Executor, load
 from narsil_stream.cli import cli
+from narsil_stream.core.actor import Actor
+from narsil_stream.core.bus import Bus
 from narsil_stream.core.client import Client
 from narsil_stream.core.config import Config, NatsConfig
 from narsil_stream.core.runtime import Runtime
+from narsil_stream.gateways.http import HttpGateway
 from narsil_stream.kernels import reference
 from narsil_stream.kernels.artifact import read_spec
-from narsil_stream.kernels.backend import RaggedBatch
+from narsil_stream.kernels.backend import Loader, RaggedBatch
 
+T = TypeVar("T")
 PATIENCE_S = 20.0
 """For what normally takes milliseconds, on a machine that is busy."""
 
@@ -113,17 +117,29 @@ class NatsServer:
 class System:
     """Executors and batchers that serve models on a broker, in one thread. `with System(broker.url, folder) as system`.
 
-    Entered once a client sees every model. Executors and batchers have connections of their own, as in processes of
-    their own, so that all messages cross the broker. `config` sets everything but the broker's address.
+    Entered once a client sees every model. Executors, batchers and HTTP gateways (on ports of their own) have
+    connections of their own, as in processes of their own, so that all messages cross the broker; in mode inline they
+    share one. `config` sets everything but the addresses. `loader` is what loads a model's backend.
     """
 
     def __init__(
-        self, url: str, *models: Path, config: Config | None = None, executors: int = 1, batchers: int = 1
+        self,
+        url: str,
+        *models: Path,
+        config: Config | None = None,
+        executors: int = 1,
+        batchers: int = 1,
+        gateways: int = 0,
+        loader: Loader = reference.load,
     ) -> None:
         self.url = url
-        self.config = replace(config or Config(), nats=NatsConfig(url=url))
+        config = config or Config()
+        self.config = replace(config, nats=NatsConfig(url=url), http=replace(config.http, port=0))
+        self.runtimes: dict[str, list[Runtime]] = {"executor": [], "batcher": [], "gateway": []}
+        """By kind of actor; in mode inline all hold the same one."""
         self._models = models
-        self._executors, self._batchers = executors, batchers
+        self._loader = loader
+        self._counts = {"executor": executors, "batcher": batchers, "gateway": gateways}
         self._loop = uvloop.new_event_loop()
         self._stop = asyncio.Event()
         self._ready: Future[None] = Future()
@@ -137,6 +153,21 @@ class System:
             self.__exit__()
             raise
         return self
+
+    def actors(self, kind: str) -> list[Actor[Any]]:
+        """Those that run."""
+        return [actor for runtime in self.runtimes[kind] for actor in runtime.actors if actor.kind == kind]
+
+    @property
+    def http_port(self) -> int:
+        """Of the first gateway."""
+        (gateway, *_) = self.actors("gateway")
+        assert isinstance(gateway, HttpGateway)
+        return gateway.port
+
+    def submit(self, work: Coroutine[Any, Any, T]) -> Future[T]:
+        """Runs a coroutine on the system's event loop, e.g. `runtime.drain()`."""
+        return asyncio.run_coroutine_threadsafe(work, self._loop)
 
     def __exit__(self, *error: object) -> None:
         """Stops without draining: what is open is answered UNAVAILABLE."""
@@ -155,18 +186,23 @@ class System:
 
     async def _live(self) -> None:
         async with AsyncExitStack() as stack:
-            for _ in range(self._executors):
-                runtime = await stack.enter_async_context(Runtime(self.config, "executor"))
-                await runtime.start(partial(self._executor, runtime))
-            for _ in range(self._batchers):
-                runtime = await stack.enter_async_context(Runtime(self.config, "batcher"))
-                await runtime.start(partial(Batcher, self.config, runtime.bus))
+            shared: Runtime | None = None
+            for kind, count in self._counts.items():
+                for _ in range(count):
+                    runtime = shared or await stack.enter_async_context(Runtime(self.config, kind))
+                    shared = runtime if self.config.mode == "inline" else None
+                    await runtime.start(partial(self._build, kind, runtime.bus))
+                    self.runtimes[kind].append(runtime)
             await self._wait_served()
             self._ready.set_result(None)
             await self._stop.wait()
 
-    def _executor(self, runtime: Runtime) -> Executor:
-        return Executor(self.config, runtime.bus, lambda: [load(folder, reference.load) for folder in self._models])
+    def _build(self, kind: str, bus: Bus) -> Actor[Any]:
+        if kind == "gateway":
+            return HttpGateway(self.config, bus)
+        if kind == "batcher":
+            return Batcher(self.config, bus)
+        return Executor(self.config, bus, lambda: [load(folder, self._loader) for folder in self._models])
 
     async def _wait_served(self) -> None:
         wanted = {(spec.name, spec.version) for spec in map(read_spec, self._models)}
