@@ -134,17 +134,17 @@ class Batcher(Actor[Message]):
     # Life
 
     async def start(self) -> None:
-        await self._bus.listen(subjects.batcher(self.name), self._take, _decode)
-        await self._bus.listen(subjects.EXECUTOR_BEAT, self.mailbox.put_urgent, _decode_beat)
-        await self._bus.subscribe(subjects.HELLO, lambda _: self.mailbox.put_urgent(Hello()))
-        await self._bus.subscribe(subjects.describe(self.name), self._catalogue.on_describe)
-        await self._bus.subscribe(f"{subjects.INFER}.>", self._take_published, subjects.QUEUE_GROUP)
+        await self._bus.listen(subjects.batcher(self.name), self._take, _decode, owner=self)
+        await self._bus.listen(subjects.EXECUTOR_BEAT, self.mailbox.put_urgent, _decode_beat, owner=self)
+        await self._bus.subscribe(subjects.HELLO, lambda _: self.mailbox.put_urgent(Hello()), owner=self)
+        await self._bus.respond(subjects.describe(self.name), self._catalogue.described, owner=self)
+        await self._bus.subscribe(f"{subjects.INFER}.>", self._take_published, subjects.QUEUE_GROUP, owner=self)
         await self._bus.flush()
         self._bus.publish(subjects.HELLO, b"")
 
     async def drain(self) -> None:
         """Leave the queue group, tell those who send here, and wait until all is answered and no more comes."""
-        await self._bus.unsubscribe(f"{subjects.INFER}.>")
+        await self._bus.unsubscribe(f"{subjects.INFER}.>", owner=self)
         self._phase, self._beat_due_us = "leaving", 0
         self.mailbox.put_urgent(Hello())
         await asyncio.sleep(2 * self._config.timing.beat_ms / 1e3)
@@ -153,8 +153,14 @@ class Batcher(Actor[Message]):
         await self._idle.wait()
 
     async def stop(self) -> None:
+        """Askers with a slot ask another batcher once they hear that this one is gone; plain callers cannot."""
         self._phase = "gone"
-        self._act(self.policy.abandon_all())
+        for drop in self.policy.abandon_all():
+            if drop.ticket.payload.caller.slot < 0:
+                self._act([drop])
+        for message in self.mailbox.leftovers():
+            if isinstance(message, Published):
+                self._admit_published(message)
         self._send_answers()
         self._beat(now_us())
         self._catalogue.stop()
@@ -165,7 +171,7 @@ class Batcher(Actor[Message]):
             subjects.describe(self.name),
             f"{subjects.INFER}.>",
         )
-        await asyncio.gather(*(self._bus.unsubscribe(subject) for subject in heard))
+        await asyncio.gather(*(self._bus.unsubscribe(subject, owner=self) for subject in heard))
 
     def endpoints(self) -> list[EndpointStats]:
         return [self._stats]
@@ -220,6 +226,7 @@ class Batcher(Actor[Message]):
     def turn(self) -> int | None:
         now = now_us()
         self._act(self.policy.decide(now))
+        self._catalogue.keep(self.policy.executors)
         self._send_answers()
         if now >= self._beat_due_us:
             self._beat(now)
@@ -257,6 +264,8 @@ class Batcher(Actor[Message]):
             self._open[caller.reply, caller.slot] = ticket
 
     def _ticket(self, caller: Caller, model: str, version: str, request: InferRequest) -> Ticket:
+        if self._phase == "gone":
+            raise Refused(Fault.UNAVAILABLE, "the batcher is stopping", 1_000)
         limits = self._config.batch
         now = now_us()
         budget_us = min(request.budget_us or limits.default_budget_us, limits.max_budget_us)
@@ -268,11 +277,12 @@ class Batcher(Actor[Message]):
                 raise Refused(
                     Fault.DEADLINE_EXCEEDED, f"sent {age_us} us ago, which is past its budget of {budget_us} us"
                 )
-        key, admission = self._catalogue.find(model, version, bool(self.policy.executors))
+        key, admission = self._catalogue.find(model, version, self.policy.executors.values())
         rows = admission.rows(request)
+        held = max(rows.nbytes, sum(tensor.data.nbytes for tensor in request.inputs))  # views keep the message alive
         self._tickets += 1
         return Ticket(
-            self._tickets, key, rows.count, rows.nbytes, request.priority or DEFAULT_PRIORITY, now, now + budget_us,
+            self._tickets, key, rows.count, held, request.priority or DEFAULT_PRIORITY, now, now + budget_us,
             Work(rows, caller),
         )  # fmt: skip
 

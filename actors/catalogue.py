@@ -2,17 +2,16 @@
 
 import asyncio
 import logging
-import re
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Collection, Iterable
 from typing import Protocol
 
 import msgspec
 from msgspec import Struct
-from nats.aio.msg import Msg
 
 from narsil_stream.actors.queue import ModelKey
 from narsil_stream.core.admission import Admission
 from narsil_stream.core.bus import Bus
+from narsil_stream.core.versions import newness
 from narsil_stream.schemas import subjects
 from narsil_stream.schemas.errors import Fault, Refused
 from narsil_stream.schemas.internal import ExecutorBeat, ModelCard, ModelRef
@@ -41,11 +40,6 @@ class Entry(Struct, frozen=True):
     admission: Admission
 
 
-def newest_first(key: ModelKey) -> tuple[int, int, str]:
-    """Sorts versions: numbers by value and above words."""
-    return (1, int(key.version), "") if re.fullmatch(r"\d{1,18}", key.version) else (0, 0, key.version)
-
-
 class Catalogue:
     """Executors that call different weights by one name and version are not mixed: the first known one counts."""
 
@@ -55,7 +49,8 @@ class Catalogue:
         self._cards: dict[str, ModelCard] = {}
         self._offered: dict[str, tuple[ModelRef, ...]] = {}
         self._entries: dict[ModelKey, Entry] = {}
-        self._default: dict[str, ModelKey] = {}
+        self._versions: dict[str, list[ModelKey]] = {}
+        """Of each model, the newest first."""
         self._asking: dict[str, asyncio.Task[None]] = {}
 
     def known_only(self, beat: ExecutorBeat) -> ExecutorBeat:
@@ -73,17 +68,27 @@ class Catalogue:
         for card in described.cards:
             self._cards[card.digest] = card
 
-    def find(self, model: str, version: str, any_executor: bool) -> tuple[ModelKey, Admission]:
-        """The newest version unless one is named. Raises `Refused` NOT_FOUND or UNAVAILABLE."""
-        key = ModelKey(model, version) if version else self._default.get(model)
+    def keep(self, executors: Collection[str]) -> None:
+        """Forget the offers of executors that are not heard any more."""
+        if len(self._offered) > len(executors):
+            self._offered = {name: refs for name, refs in self._offered.items() if name in executors}
+
+    def find(self, model: str, version: str, executors: Collection[Serving]) -> tuple[ModelKey, Admission]:
+        """The newest version that is served now, unless one is named. Raises `Refused` NOT_FOUND or UNAVAILABLE."""
+        key = ModelKey(model, version) if version else self._newest(model, executors)
         entry = self._entries.get(key) if key is not None else None
         if key is not None and entry is not None:
             return key, entry.admission
-        if not any_executor or self._asking:
+        if not executors or self._asking:
             raise Refused(Fault.UNAVAILABLE, "no executor is alive", 500_000)
         served = ", ".join(f"'{k.name}' version {k.version}" for k in sorted(self._entries)) or "none"
         wanted = f"'{model}'" + (f" version '{version}'" if version else "")
         raise Refused(Fault.NOT_FOUND, f"model {wanted} is not served here; served: {served}")
+
+    def _newest(self, model: str, executors: Collection[Serving]) -> ModelKey | None:
+        versions = self._versions.get(model, [])
+        served = (key for key in versions if any(e.up and key in e.models for e in executors))
+        return next(served, versions[0] if versions else None)
 
     def spec(self, key: ModelKey) -> ModelSpec:
         return self._entries[key].card.spec
@@ -94,14 +99,12 @@ class Catalogue:
     def served(self, executors: Iterable[Serving]) -> tuple[ModelRef, ...]:
         """What some live executor serves now; of each model the newest version last."""
         keys = {key for executor in executors if executor.up for key in executor.models}
-        in_order = sorted(keys, key=lambda key: (key.name, newest_first(key)))
+        in_order = sorted(keys, key=lambda key: (key.name, newness(key.version)))
         return tuple(ModelRef(k.name, k.version, self.digest(k)) for k in in_order if k in self._entries)
 
-    def on_describe(self, message: Msg) -> None:
-        """Gateways and clients ask the batcher what the executors told it."""
-        if message.reply:
-            cards = [entry.card for entry in self._entries.values()]
-            self._bus.publish(message.reply, msgspec.json.encode(cards))
+    def described(self) -> bytes:
+        """What the executors said, for gateways and clients."""
+        return msgspec.json.encode([entry.card for entry in self._entries.values()])
 
     def stop(self) -> None:
         for task in self._asking.values():
@@ -117,7 +120,7 @@ class Catalogue:
         if entry is None or (entry.card.digest != ref.digest and not self._offers(entry.card.digest)):
             entry = self._entries[key] = Entry(card, Admission(card.spec))
             versions = [k for k in self._entries if k.name == ref.name]
-            self._default[ref.name] = max(versions, key=newest_first)
+            self._versions[ref.name] = sorted(versions, key=lambda k: newness(k.version), reverse=True)
             log.info("serving model %s version %s", ref.name, ref.version)
         return entry.card.digest == ref.digest
 

@@ -11,7 +11,6 @@ from pathlib import Path
 import msgspec
 import numpy as np
 from msgspec import Struct
-from nats.aio.msg import Msg
 from nats.micro.service import EndpointStats
 from prometheus_client import Counter, Histogram
 
@@ -117,10 +116,10 @@ class Executor(Actor[Message]):
         lanes = min(model.backend.info.lanes for model in loaded)
         slots = self._config.executor.slots or lanes + 1
         self._ledger = Ledger(self.name, slots, self._config.timing.lease_ms * 1_000)
-        await self._bus.listen(subjects.executor(self.name), self._take, _decode)
-        await self._bus.listen(subjects.BATCHER_BEAT, self.mailbox.put_urgent, _decode_beat)
-        await self._bus.subscribe(subjects.HELLO, lambda _: self.mailbox.put_urgent(Hello()))
-        await self._bus.subscribe(subjects.describe(self.name), self._on_describe)
+        await self._bus.listen(subjects.executor(self.name), self._take, _decode, owner=self)
+        await self._bus.listen(subjects.BATCHER_BEAT, self.mailbox.put_urgent, _decode_beat, owner=self)
+        await self._bus.subscribe(subjects.HELLO, lambda _: self.mailbox.put_urgent(Hello()), owner=self)
+        await self._bus.respond(subjects.describe(self.name), self._describe, owner=self)
         await self._bus.flush()
         self._bus.publish(subjects.HELLO, b"")
 
@@ -142,7 +141,7 @@ class Executor(Actor[Message]):
         self._phase = "gone"
         self._beat(now_us())
         heard = (subjects.executor(self.name), subjects.BATCHER_BEAT, subjects.HELLO, subjects.describe(self.name))
-        await asyncio.gather(*(self._bus.unsubscribe(subject) for subject in heard))
+        await asyncio.gather(*(self._bus.unsubscribe(subject, owner=self) for subject in heard))
         await asyncio.get_running_loop().run_in_executor(None, self._unload)
 
     def _unload(self) -> None:
@@ -260,9 +259,8 @@ class Executor(Actor[Message]):
         except Refused as refused:
             log.warning("a message to %s was not sent: %s", batcher, refused.detail)
 
-    def _on_describe(self, message: Msg) -> None:
-        if message.reply:
-            self._bus.publish(message.reply, msgspec.json.encode([model.card for model in self._models.values()]))
+    def _describe(self) -> bytes:
+        return msgspec.json.encode([model.card for model in self._models.values()])
 
     def _beat(self, now: int) -> None:
         self._beat_due_us = now + self._config.timing.beat_ms * 1_000

@@ -63,6 +63,11 @@ class Mailbox(Generic[M]):
             delay = max(0, when_us - now_us()) / 1e6
             self._timer = asyncio.get_running_loop().call_later(delay, self._filled.set)
 
+    def leftovers(self) -> Sequence[M]:
+        """What nobody will take any more, at the end."""
+        taken, self._waiting = self._waiting, deque()
+        return taken
+
     async def take(self) -> Sequence[M]:
         """All that wait, once there is one or the time has come."""
         await self._filled.wait()

@@ -53,6 +53,7 @@ class Bus:
         self._parser = self._nats._ps = Parser(self._nats)
         self._local: dict[str, list[Callable[[Any], None]]] = {}
         self._subscriptions: dict[str, list[Listening]] = {}
+        self._responders: dict[str, Callable[[], bytes]] = {}
         self._outbox: deque[tuple[str, bytes, str, dict[str, str] | None]] = deque()
         self._outbox_bytes = 0
         self._filled = asyncio.Event()
@@ -164,6 +165,16 @@ class Bus:
         """Raw messages of a subject, wildcards allowed."""
         await self._subscribe(subject, handler, queue, owner, None)
 
+    async def respond(self, subject: str, answer: Callable[[], bytes], owner: object = None) -> None:
+        """Answer each request on a subject; those of this process too, which the broker does not bring back."""
+
+        def on_message(message: Msg) -> None:
+            if message.reply:
+                self.publish(message.reply, answer())
+
+        self._responders[subject] = answer
+        await self.subscribe(subject, on_message, owner=owner)
+
     async def _subscribe(
         self,
         subject: str,
@@ -187,6 +198,7 @@ class Bus:
 
     async def unsubscribe(self, subject: str, owner: object = None) -> None:
         """The owner stops taking; what the server has already sent is still handled before this returns."""
+        self._responders.pop(subject, None)
         heard = self._subscriptions.pop(subject, [])
         if others := [one for one in heard if one.owner is not owner]:
             self._subscriptions[subject] = others
@@ -206,6 +218,8 @@ class Bus:
 
     async def request(self, subject: str, payload: bytes = b"", timeout: float = 1.0) -> bytes:
         """One question, one answer. Raises `Refused(UNAVAILABLE)`."""
+        if subject in self._responders:
+            return self._responders[subject]()
         if not self.connected:
             raise Refused(Fault.UNAVAILABLE, "the broker is not connected", 1_000_000)
         try:

@@ -12,7 +12,7 @@ from prometheus_client.process_collector import ProcessCollector
 
 from narsil_stream.schemas.errors import Fault, named
 
-disable_created_metrics()
+disable_created_metrics()  # type: ignore[no-untyped-call]
 
 SECONDS = (50e-6, 100e-6, 200e-6, 500e-6, 1e-3, 2e-3, 5e-3, 10e-3, 20e-3, 50e-3, 0.1, 0.2, 0.5, 1, 2, 5, 10)
 ROWS = tuple(2**i for i in range(15))

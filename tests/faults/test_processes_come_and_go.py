@@ -1,0 +1,173 @@
+"""Processes that join, leave and stop under load, and the end of `narsil serve`."""
+
+import json
+import os
+import re
+import signal
+import socket
+import subprocess
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+import pytest
+
+from tests.faults.serving import Serve, alive, ready
+from tests.faults.traffic import Traffic
+from tests.support import PATIENCE_S, narsil, until
+
+MANY = 1_000
+
+
+@contextmanager
+def actor(kind: str, folder: Path, *options: str | Path) -> Iterator[subprocess.Popen[bytes]]:
+    """`narsil KIND` beside a running system; stopped at the end if the test has not done it."""
+    with (folder / f"{kind}.log").open("wb") as log:
+        process = narsil(kind, *options, stdout=log, stderr=log, stdin=subprocess.DEVNULL)
+    try:
+        yield process
+    finally:
+        process.kill()
+        process.wait()
+
+
+@pytest.mark.parametrize("kind", ["batcher", "executor"])
+def test_a_second_one_joins_under_load_and_leaves_without_losing_a_request(
+    criteo_model: Path, tmp_path: Path, kind: str
+) -> None:
+    """Scaling out and in must be invisible to callers."""
+    with Serve(criteo_model, tmp_path) as serve:
+        with Traffic(criteo_model, http=serve.http_port, nats=serve.nats_url) as traffic:
+            traffic.answered(MANY)
+            options = ["--nats-url", serve.nats_url] + (["--model", str(criteo_model)] if kind == "executor" else [])
+            with actor(kind, tmp_path, *options) as second:
+                log = tmp_path / f"{kind}.log"
+                until(lambda: "is ready" in log.read_text(), f"a second {kind}")
+                traffic.answered(MANY)
+                second.send_signal(signal.SIGTERM)
+                assert second.wait(PATIENCE_S) == 0, log.read_text()
+            traffic.answered(MANY)
+        assert not traffic.bad, traffic.ended
+
+
+@pytest.mark.parametrize("kind", ["batcher", "executor"])
+def test_the_first_one_leaves_under_load_once_a_second_is_there(criteo_model: Path, tmp_path: Path, kind: str) -> None:
+    """A rolling restart: what it holds is answered before it goes, and the other takes over."""
+    options = [f"--{'batch' if kind == 'batcher' else 'executor'}-{kind}s", "2"]
+    with Serve(criteo_model, tmp_path, *options) as serve:
+        with Traffic(criteo_model, http=serve.http_port, nats=serve.nats_url) as traffic:
+            for _ in range(2):
+                traffic.answered(MANY)
+                os.kill(serve.pids(kind)[0], signal.SIGTERM)
+                traffic.answered(MANY)
+                until(lambda: len(serve.pids(kind)) == 2 and serve.health()["healthy"], f"two {kind}s again")
+        assert not traffic.bad, traffic.ended
+
+
+def test_a_second_gateway_serves_at_once_and_drains_when_told_to(criteo_model: Path, tmp_path: Path) -> None:
+    """Readiness goes first, then what is open is answered, then the port closes."""
+    port, log = free_port(), tmp_path / "gateway.log"
+    with Serve(criteo_model, tmp_path) as serve:
+        options = ["--nats-url", serve.nats_url, "--http-port", str(port)]
+        with actor("gateway", tmp_path, *options) as gateway:
+            until(lambda: "is ready" in log.read_text(), "a second gateway")
+            with Traffic(criteo_model, http=port) as traffic:
+                traffic.answered(MANY)
+                gateway.send_signal(signal.SIGTERM)
+                until(lambda: not ready(port), "not ready")
+                traffic.until_ended("connection")
+            assert gateway.wait(PATIENCE_S) == 0, log.read_text()
+            assert set(traffic.bad) == {"connection"}, traffic.ended
+
+
+def test_several_gateways_share_one_port(criteo_model: Path, tmp_path: Path) -> None:
+    """One process's event loop is one core's worth of HTTP; more processes on one port carry more."""
+    port = str(free_port())
+    with Serve(criteo_model, tmp_path, "--http-processes", "2", "--http-port", port) as serve:
+        assert len(serve.pids("gateway")) == 2
+        with Traffic(criteo_model, http=int(port), callers=32) as traffic:
+            traffic.answered(MANY)
+            counts = re.findall(r'narsil_requests_offered_total\{actor="gateway[^}]*\} (\d+)', serve.metrics())
+            assert len(counts) == 2
+        assert not traffic.bad, traffic.ended
+
+
+def test_ctrl_c_drains(criteo_model: Path, tmp_path: Path) -> None:
+    """What was accepted is answered; callers see closed connections afterwards, never a lost or wrong answer."""
+    with Serve(criteo_model, tmp_path) as serve:
+        pids = [row["pid"] for row in serve.actors()]
+        with Traffic(criteo_model, http=serve.http_port) as traffic:
+            traffic.answered(MANY)
+            assert serve.interrupt() == 0
+        assert set(traffic.bad) <= {"connection"}, traffic.ended
+        assert not list(filter(alive, pids))
+        assert "killing it" not in serve.log.read_text()
+
+
+def test_a_killed_supervisor_leaves_no_process_behind(criteo_model: Path, tmp_path: Path) -> None:
+    """Orphans would hold ports and answer requests that nobody watches."""
+    with Serve(criteo_model, tmp_path, "--executor-executors", "2") as serve:
+        pids = [row["pid"] for row in serve.actors()]
+        assert len(pids) == 5
+        assert all(map(alive, pids))
+        assert serve.process is not None
+        serve.process.kill()
+        until(lambda: not list(filter(alive, pids)), "all gone")
+
+
+@pytest.mark.parametrize("mode", ["batch", "worker", "inline"])
+def test_each_mode_answers_each_caller_with_its_own_scores(criteo_model: Path, tmp_path: Path, mode: str) -> None:
+    """The three ways to run share everything but placement and coalescing."""
+    with Serve(criteo_model, tmp_path, "--mode", mode) as serve:
+        with Traffic(criteo_model, http=serve.http_port, nats=serve.nats_url, callers=32) as traffic:
+            traffic.answered(2 * MANY)
+        assert not traffic.bad, traffic.ended
+        text = until(lambda: counted(serve.metrics(), "batcher", 2 * MANY), "metrics of what was answered")
+        batches = sum(map(float, re.findall(r'narsil_batch_rows_count\{actor="batcher[^}]*\} ([\d.e+]+)', text)))
+        requests = sum(map(float, re.findall(r'narsil_requests_offered_total\{actor="batcher[^}]*\} ([\d.e+]+)', text)))
+        assert batches == requests if mode == "worker" else batches < requests
+
+
+def counted(text: str, kind: str, least: int) -> str | None:
+    """The exposition once `kind` has answered this many; checks the conservation of requests on the way."""
+    found = re.search(rf'narsil_requests_offered_total\{{actor="{kind}[^}}]*\}} ([\d.e+]+)', text)
+    ended = re.findall(rf'narsil_requests_total\{{actor="{kind}[^}}]*\}} ([\d.e+]+)', text)
+    offered = float(found[1]) if found else 0
+    return text if offered >= least and sum(map(float, ended)) == offered else None
+
+
+@pytest.mark.parametrize(
+    ("option", "key"), [("--http-port", "http.port"), ("--metrics-port", "metrics.port"), ("--nats-port", "nats.port")]
+)
+def test_a_taken_port_is_named_with_the_setting_that_chose_it(
+    criteo_model: Path, tmp_path: Path, option: str, key: str
+) -> None:
+    """ "Address already in use" alone sends people hunting."""
+    with socket.create_server(("127.0.0.1", 0)) as taken:
+        port = taken.getsockname()[1]
+        arguments = ["--http-port", "0", "--metrics-port", "0", "--nats-port", "0", option, str(port)]
+        process = narsil("serve", "--model", criteo_model, "--data-dir", tmp_path, *arguments)
+        _, stderr = process.communicate(timeout=PATIENCE_S)
+    message = " ".join(re.sub(r"[^\x20-\x7e]", " ", stderr.decode()).split())
+    variable = f"NARSIL_{key.upper().replace('.', '_')}"
+    assert process.returncode == 1
+    assert str(port) in message
+    assert option in message
+    assert variable in message
+
+
+def test_a_broken_model_is_one_message_and_no_system(criteo_model: Path, tmp_path: Path) -> None:
+    """A start that cannot succeed must say so at once, not restart for ever."""
+    broken = tmp_path / "broken"
+    broken.mkdir()
+    (broken / "model.json").write_text(json.dumps({"name": "x"}))
+    process = narsil("serve", "--model", broken, "--data-dir", tmp_path)
+    _, stderr = process.communicate(timeout=PATIENCE_S)
+    assert process.returncode == 1
+    assert "Traceback" not in stderr.decode()
+    assert "model.json" in stderr.decode()
+
+
+def free_port() -> int:
+    with socket.create_server(("127.0.0.1", 0)) as server:
+        return int(server.getsockname()[1])
