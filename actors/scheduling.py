@@ -13,7 +13,7 @@ from itertools import chain
 from narsil_stream.actors.decisions import Decision, Dispatch, Drop, Plead, Rules
 from narsil_stream.actors.flights import DEMAND_EVERY_US, Executor, Fleet, Flight, Group
 from narsil_stream.actors.queue import ModelKey, Queue, State, Ticket
-from narsil_stream.actors.service_time import ServiceTimes
+from narsil_stream.actors.service_time import Pace, ServiceTimes
 from narsil_stream.schemas.errors import Fault, Refused, named
 from narsil_stream.schemas.internal import Demand, ExecutorBeat, Result, Slot
 
@@ -22,6 +22,8 @@ MAX_SENDS = 2
 MAX_BOUNCES = 8
 """So often a batch may meet a void slot: more means that executors take back what they lease."""
 FLOAT_BYTES = 4
+MARGIN = 1.25
+"""Of the predicted wait at admission: a queue that is filled up to the deadlines misses half of them."""
 
 
 class Scheduler:
@@ -34,6 +36,7 @@ class Scheduler:
         self.queues: dict[ModelKey, Queue] = {}
         self.retries: list[Group] = []
         self.times = ServiceTimes()
+        self.paces: dict[ModelKey, Pace] = {}
         self._batches = 0
         self._decided_us = 0
 
@@ -174,21 +177,25 @@ class Scheduler:
         request refused for good.
         """
         room_us = ticket.deadline_us - now_us - self.times.predict(ticket.model, ticket.rows)
-        late_us = self._wait_us(serving, now_us) - room_us
+        late_us = int(MARGIN * self._wait_us(serving, now_us)) - room_us
         if late_us <= 0:
             return late_us
         if not self.rows and any(executor.free and not executor.flights for executor in serving):
             return 0
-        return self._wait_us(serving, now_us, ticket) - room_us
+        return int(MARGIN * self._wait_us(serving, now_us, ticket)) - room_us
 
     def _wait_us(self, serving: list[Executor], now_us: int, ticket: Ticket | None = None) -> int:
         """Predicted time until `ticket`, or one behind all others, starts: what is before it, shared out."""
         ahead_us = float(sum(executor.remaining_us(now_us) for executor in serving))
+        paced_us = 0.0
         for model, queue in self.queues.items():
             if queue.count and any(model in executor.models for executor in serving):
                 rows = queue.rows if ticket is None else queue.rows_ahead(ticket.priority, ticket.deadline_us)
                 ahead_us += rows * self.times.us_per_row(model)
-        return int(ahead_us / max(1, len(serving)))
+                pace = self.paces.get(model)
+                if pace is not None and queue.since_us <= pace.cut_us:
+                    paced_us = max(paced_us, rows * pace.us_per_row)
+        return int(max(paced_us, ahead_us / max(1, len(serving))))
 
     # Endings
 
@@ -328,7 +335,11 @@ class Scheduler:
         if not ready:
             return None
         model = min(ready)[3]
-        return Group(model, self.queues[model].cut(rules.max_rows, rules.max_bytes, rules.coalesce))
+        queue = self.queues[model]
+        before, since_us = queue.rows, queue.since_us
+        tickets = queue.cut(rules.max_rows, rules.max_bytes, rules.coalesce)
+        self.paces.setdefault(model, Pace()).cut(before - queue.rows, since_us, now_us)
+        return Group(model, tickets)
 
     def _ripe_us(self, model: ModelKey, queue: Queue) -> int:
         """Until when a batch may wait for company: not at all unless there is a linger."""

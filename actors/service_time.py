@@ -45,3 +45,21 @@ class ServiceTimes:
         """At the most efficient batch size seen, which is what a backlog is served with; 0 while unknown."""
         curve = self._curves.get(model)
         return curve.us_per_row if curve else 0.0
+
+
+class Pace:
+    """How fast a queue moves while work waits in it, with batches as full, executors as many and rivals as greedy as
+    they are."""
+
+    def __init__(self) -> None:
+        self.cut_us = 0
+        self.us_per_row = 0.0
+        self._mean_rows = self._mean_us = 0.0
+
+    def cut(self, rows: int, waiting_since_us: int, now_us: int) -> None:
+        """A batch was taken out of a queue in which work waited since then."""
+        if waiting_since_us <= self.cut_us:
+            self._mean_rows += WEIGHT * (rows - self._mean_rows)
+            self._mean_us += WEIGHT * (now_us - self.cut_us - self._mean_us)
+            self.us_per_row = self._mean_us / self._mean_rows
+        self.cut_us = now_us

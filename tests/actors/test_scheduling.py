@@ -4,7 +4,7 @@ import pytest
 
 from narsil_stream.actors.flights import DEMAND_EVERY_US
 from narsil_stream.actors.queue import State
-from narsil_stream.actors.scheduling import MAX_BOUNCES
+from narsil_stream.actors.scheduling import MARGIN, MAX_BOUNCES
 from narsil_stream.schemas.errors import Fault
 from narsil_stream.schemas.internal import Slot
 from tests.actors.puppets import BUDGET_US, FLOOR_US, LEASE_US, MODEL, OTHER, Batcher, ticket
@@ -207,11 +207,40 @@ def test_what_cannot_be_answered_in_time_is_refused_on_arrival():
     batcher.teach(rows=8, service_us=8_000)
     batcher.offer(ticket(rows=8))
     batcher.decide()
-    batcher.offer(ticket(rows=8, deadline_us=16_000))
-    refused = batcher.refuses(ticket(rows=8, deadline_us=20_000))
+    batcher.offer(ticket(rows=8, deadline_us=19_000))
+    answered_us = int(MARGIN * 16_000) + 8_000
+    refused = batcher.refuses(ticket(rows=8, deadline_us=answered_us - 1_000))
     assert refused.fault is Fault.OVERLOADED
-    assert refused.retry_after_us == 4_000, "8 ms under way, 8 ms waiting, 8 ms its own"
-    batcher.offer(ticket(rows=8, deadline_us=24_000))
+    assert refused.retry_after_us == 1_000
+    batcher.offer(ticket(rows=8, deadline_us=answered_us))
+
+
+def test_the_wait_is_predicted_from_how_fast_the_queue_moves():
+    """Rival batchers and batches that are not full make it slower than passes and rows alone would say."""
+    batcher = one_executor(S0)
+    batcher.teach(rows=8, service_us=800)
+    batcher.offer(*(ticket(rows=8, deadline_us=75_000) for _ in range(10)))
+    for generation in range(1, 5):
+        batcher.now += 8_000
+        (sent,) = batcher.decide()
+        batcher.answer(sent, service_us=800, grant=Slot(0, generation))
+    assert batcher.policy.rows == 48
+    assert batcher.policy.backlog_us(MODEL, batcher.now) == pytest.approx(48_000, abs=1)
+    assert batcher.refuses(ticket(rows=8, deadline_us=batcher.now + 48_000)).fault is Fault.OVERLOADED
+
+
+def test_how_slow_the_queue_once_was_does_not_count_when_it_is_empty():
+    """A rival that has left would be held against everybody who comes later."""
+    batcher = one_executor(S0)
+    batcher.offer(*(ticket(rows=8) for _ in range(3)))
+    for generation in range(1, 4):
+        batcher.now += 90_000
+        (sent,) = batcher.decide()
+        batcher.answer(sent, service_us=800, grant=Slot(0, generation))
+    batcher.policy.executors["e1"].free.clear()
+    batcher.now += 1
+    batcher.offer(ticket(rows=8, arrived_us=batcher.now))
+    assert batcher.policy.backlog_us(MODEL, batcher.now) == 800
 
 
 def test_only_what_is_served_before_it_counts_for_a_request():
@@ -221,8 +250,8 @@ def test_only_what_is_served_before_it_counts_for_a_request():
     batcher.offer(ticket(rows=8))
     batcher.decide()
     batcher.offer(*(ticket(rows=8, priority=5) for _ in range(5)))
-    batcher.offer(ticket(rows=8, priority=1, deadline_us=17_000))
-    assert batcher.refuses(ticket(rows=8, priority=5, deadline_us=17_000)).fault is Fault.OVERLOADED
+    batcher.offer(ticket(rows=8, priority=1, deadline_us=18_000))
+    assert batcher.refuses(ticket(rows=8, priority=5, deadline_us=18_000)).fault is Fault.OVERLOADED
 
 
 def test_work_under_way_counts_less_the_longer_it_runs():
