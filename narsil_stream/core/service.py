@@ -3,6 +3,7 @@
 import asyncio
 import json
 from collections.abc import Callable
+from dataclasses import replace
 from datetime import UTC, datetime
 from typing import Any
 
@@ -60,7 +61,8 @@ class ServiceApi:
         return info
 
     def _stats(self) -> dict[str, Any]:
-        stats: dict[str, Any] = ServiceStats(
-            **self._identity, started=self._started, endpoints=self._endpoints()
-        ).to_dict()
+        endpoints = [
+            replace(e, average_processing_time=e.processing_time // max(1, e.num_requests)) for e in self._endpoints()
+        ]
+        stats: dict[str, Any] = ServiceStats(**self._identity, started=self._started, endpoints=endpoints).to_dict()
         return stats
