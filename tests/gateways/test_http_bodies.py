@@ -1,5 +1,6 @@
 """Bodies that no client should send, and some that some client will."""
 
+import contextlib
 import json
 import socket
 import time
@@ -125,7 +126,10 @@ def test_what_is_not_http_is_refused_and_harms_nobody(port: int, criteo_model: P
     """Port scanners and TLS clients come to every port."""
     with socket.create_connection(("127.0.0.1", port), PATIENCE_S) as wire:
         wire.sendall(head.encode("latin-1") + b"\r\n\r\n")
-        wire.shutdown(socket.SHUT_WR)
-        answer = b"".join(iter(lambda: wire.recv(65_536), b""))
+        with contextlib.suppress(OSError):  # it may be closed already
+            wire.shutdown(socket.SHUT_WR)
+        answer = b""
+        with contextlib.suppress(ConnectionResetError):
+            answer = b"".join(iter(lambda: wire.recv(65_536), b""))
     assert not answer.startswith((b"HTTP/1.1 2", b"HTTP/1.1 5"))
     assert json_scores(ask_http(port, "POST", INFER, infer_json(some_rows(criteo_model, 1))).json)
