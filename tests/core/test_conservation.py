@@ -47,11 +47,12 @@ def test_after_a_mixed_load_every_request_is_counted_once_as_ended(nats_server: 
             assert {f.result() for f in bad} == {400}
             assert unknown.result().status == 404
             with gate.closed():
-                late = [threads.submit(post, infer_json(one, timeout=200_000)) for _ in range(40)]
                 wire = socket.create_connection(("127.0.0.1", port), 20)
                 body = json.dumps(infer_json(one, timeout=60_000_000)).encode()
                 wire.sendall(b"POST %b HTTP/1.1\r\nhost: x\r\ncontent-length: %d\r\n\r\n" % (INFER.encode(), len(body)))
                 wire.sendall(body)
+                until(lambda: gate.waiting, "the caller who will leave is served")
+                late = [threads.submit(post, infer_json(one, timeout=200_000)) for _ in range(40)]
                 statuses = {f.result() for f in late}
                 assert statuses <= {429, 504} and 504 in statuses
                 wire.close()
