@@ -6,7 +6,6 @@ Everything that decides is in `scheduling`; here are the clock, the messages and
 import asyncio
 import contextlib
 import logging
-from collections import defaultdict
 from collections.abc import Callable, Iterable
 from itertools import accumulate
 
@@ -16,6 +15,7 @@ from nats.aio.msg import Msg
 from nats.micro.service import EndpointStats
 from prometheus_client import Counter, Histogram
 
+from narsil_stream.actors.answering import Answering, Caller
 from narsil_stream.actors.catalogue import Catalogue, Described
 from narsil_stream.actors.decisions import Decision, Dispatch, Drop, Plead, Rules
 from narsil_stream.actors.queue import State, Ticket
@@ -28,7 +28,6 @@ from narsil_stream.core.telemetry import ROWS, SECONDS, RequestMetrics, gauges
 from narsil_stream.schemas import codec, subjects
 from narsil_stream.schemas.errors import Fault, Refused
 from narsil_stream.schemas.internal import (
-    Answers,
     Ask,
     Batch,
     BatcherBeat,
@@ -64,13 +63,8 @@ class Published(Struct, frozen=True):
     payload: bytes
 
 
-class Caller(Struct, frozen=True, gc=False):
-    """Whom to answer. `slot` < 0: on a plain reply subject, in `spelling`; else in the asker's bundle of answers."""
-
-    reply: str
-    slot: int
-    id: str
-    spelling: codec.Spelling = codec.Spelling.MSGPACK
+class BrokerLost(Struct, frozen=True):
+    """Gateways and clients have told their callers by now."""
 
 
 class Work(Struct, frozen=True):
@@ -80,7 +74,7 @@ class Work(Struct, frozen=True):
     caller: Caller
 
 
-Message = Bundle | Cancel | Result | Grant | ExecutorBeat | Described | Published | Hello
+Message = Bundle | Cancel | Result | Grant | ExecutorBeat | Described | Published | Hello | BrokerLost
 
 
 class Metrics:
@@ -124,7 +118,7 @@ class Batcher(Actor[Message]):
         self._catalogue = Catalogue(bus, self.mailbox.put_urgent)
         self._metrics = Metrics(self)
         self._open: dict[tuple[str, int], Ticket] = {}
-        self._answers: dict[str, list[tuple[int, InferAnswer]]] = defaultdict(list)
+        self._answering = Answering(bus, self.name)
         self._tickets = 0
         self._beat_due_us = 0
         self._phase = "up"
@@ -141,6 +135,10 @@ class Batcher(Actor[Message]):
         await self._bus.subscribe(f"{subjects.INFER}.>", self._take_published, subjects.QUEUE_GROUP, owner=self)
         await self._bus.flush()
         self._bus.publish(subjects.HELLO, b"")
+        self._bus.on_lost.append(self._on_lost)
+
+    def _on_lost(self) -> None:
+        self.mailbox.put_urgent(BrokerLost())
 
     async def drain(self) -> None:
         """Leave the queue group, tell those who send here, and wait until all is answered and no more comes."""
@@ -161,9 +159,11 @@ class Batcher(Actor[Message]):
         for message in self.mailbox.leftovers():
             if isinstance(message, Published):
                 self._admit_published(message)
-        self._send_answers()
+        self._answering.send()
         self._beat(now_us())
         self._catalogue.stop()
+        if self._on_lost in self._bus.on_lost:
+            self._bus.on_lost.remove(self._on_lost)
         heard = (
             subjects.batcher(self.name),
             subjects.EXECUTOR_BEAT,
@@ -184,13 +184,18 @@ class Batcher(Actor[Message]):
 
     def _take(self, message: ToBatcher) -> None:
         if isinstance(message, Bundle):
-            if not self.mailbox.put(message):
+            if subjects.reserved(message.reply):
+                self._metrics.no_answer.labels("reserved subject").inc()
+            elif not self.mailbox.put(message):
                 for ask in message.asks:
                     self._refuse_unseen(Caller(message.reply, ask.slot, ask.request.id))
         else:
             self.mailbox.put_urgent(message)
 
     def _take_published(self, message: Msg) -> None:
+        if subjects.reserved(message.reply) or not message.reply:
+            self._metrics.no_answer.labels("reserved subject" if message.reply else "no reply subject").inc()
+            return
         published = Published(message.subject, message.reply, message.data)
         if not self.mailbox.put(published):
             self._refuse_unseen(Caller(message.reply, -1, "", codec.spelling_of(message.data)))
@@ -198,7 +203,7 @@ class Batcher(Actor[Message]):
     def _refuse_unseen(self, caller: Caller) -> None:
         self._metrics.requests.offered.inc()
         self._refuse(caller, Refused(Fault.OVERLOADED, "too many messages at once", 10_000))
-        self._send_answers()
+        self._answering.send()
 
     def receive(self, message: Message) -> None:
         match message:
@@ -222,18 +227,27 @@ class Batcher(Actor[Message]):
                 self._catalogue.add(message)
             case Hello():
                 self._beat_due_us = 0
+            case BrokerLost():
+                self._forget_askers()
 
     def turn(self) -> int | None:
         now = now_us()
         self._act(self.policy.decide(now))
         self._catalogue.keep(self.policy.executors)
-        self._send_answers()
+        self._answering.send()
         if now >= self._beat_due_us:
             self._beat(now)
         if self.policy.idle():
             self._idle.set()
         wake = self.policy.wake_us(now)
         return self._beat_due_us if wake is None else min(wake, self._beat_due_us)
+
+    def _forget_askers(self) -> None:
+        for (reply, slot), ticket in list(self._open.items()):
+            if not self._bus.is_local(reply):
+                del self._open[reply, slot]
+                self.policy.cancel(ticket)
+                self._metrics.requests.ended_badly(Fault.UNAVAILABLE.name)
 
     # Admission
 
@@ -242,9 +256,6 @@ class Batcher(Actor[Message]):
         self._admit(caller, ask.model, ask.version, lambda: ask.request)
 
     def _admit_published(self, message: Published) -> None:
-        if subjects.reserved(message.reply) or not message.reply:
-            self._metrics.no_answer.labels("reserved subject" if message.reply else "no reply subject").inc()
-            return
         model, _, version = message.subject.removeprefix(f"{subjects.INFER}.").partition(".")
         caller = Caller(message.reply, -1, "", codec.spelling_of(message.payload))
         self._admit(caller, model, version, lambda: codec.decode_request(message.payload))
@@ -366,7 +377,7 @@ class Batcher(Actor[Message]):
             self._metrics.requests.answered(ticket.rows, took_us / 1e6)
             self._stats.processing_time += took_us * 1_000
             output = Tensor("scores", "FP32", (ticket.rows,), scores[4 * start : 4 * (start + ticket.rows)])
-            self._answer(caller, InferAnswer(caller.id, (output,), ticket.model.name, ticket.model.version))
+            self._answering.answer(caller, InferAnswer(caller.id, (output,), ticket.model.name, ticket.model.version))
 
     def _close(self, ticket: Ticket) -> Caller:
         caller: Caller = ticket.payload.caller
@@ -376,32 +387,9 @@ class Batcher(Actor[Message]):
     def _answer_error(self, caller: Caller, fault: Fault, detail: str, retry_after_us: int) -> None:
         self._stats.num_errors += 1
         self._stats.last_error = f"{fault.http}: {detail}"
-        self._answer(caller, InferAnswer(caller.id, fault=fault.name, detail=detail, retry_after_us=retry_after_us))
-
-    def _answer(self, caller: Caller, answer: InferAnswer) -> None:
-        if caller.slot >= 0:
-            self._answers[caller.reply].append((caller.slot, answer))
-            return
-        headers = None
-        if answer.fault:
-            headers = {"Nats-Service-Error": answer.detail.encode("ascii", "replace").decode(),
-                       "Nats-Service-Error-Code": str(Fault[answer.fault].http)}  # fmt: skip
-        try:
-            self._bus.publish(caller.reply, codec.encode_answer(answer, caller.spelling), headers=headers)
-        except Refused as refused:
-            log.info("an answer was not sent: %s", refused.detail)
-
-    def _send_answers(self) -> None:
-        """The answers of this turn to one asker, in one message."""
-        if not self._answers:
-            return
-        answers, self._answers = self._answers, defaultdict(list)
-        for reply, answered in answers.items():
-            slots, parts = zip(*answered, strict=True)
-            try:
-                self._bus.send(reply, Answers(self.name, slots, parts))
-            except Refused as refused:
-                log.info("%d answers were not sent: %s", len(slots), refused.detail)
+        self._answering.answer(
+            caller, InferAnswer(caller.id, fault=fault.name, detail=detail, retry_after_us=retry_after_us)
+        )
 
     # Liveness
 

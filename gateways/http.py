@@ -142,7 +142,7 @@ class HttpGateway(Actor[None]):
     async def drain(self) -> None:
         """Not ready from now on; take no new connection once callers had a moment to notice; finish what is open."""
         self._closing = True
-        await asyncio.sleep(2 * self._config.timing.beat_ms / 1e3)
+        await asyncio.sleep(self._config.timing.notice_ms / 1e3)
         await self._stop_server()
         while self._open:
             self._closed.clear()

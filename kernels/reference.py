@@ -1,4 +1,8 @@
-"""The `reference` backend: DLRM in NumPy, written to be read. What every other backend is compared with."""
+"""The `reference` backend: DLRM in NumPy, written to be read. What every other backend is compared with.
+
+Rows are read as FP32, as they are stored; all arithmetic after that is FP64, so that a score does not depend on how a
+matrix product is cut, on the machine, or on which rows share a batch.
+"""
 
 import functools
 from collections.abc import Iterator
@@ -12,7 +16,7 @@ from narsil_stream.kernels.artifact import Artifact, Tensors, read
 from narsil_stream.kernels.backend import Backend, BackendInfo, RaggedBatch
 from narsil_stream.schemas.model import ModelSpec, Table
 
-Floats = NDArray[np.float32]
+Floats = NDArray[np.floating]
 Ids = NDArray[np.int32]
 
 _BLOCK_ROWS = 256
@@ -59,11 +63,11 @@ def pool(rows: Floats, lengths: Ids) -> Floats:
 
     rows [N, dim], lengths [B] with sum N, out [B, dim].
     """
-    out = np.zeros((len(lengths), rows.shape[1]), np.float32)
+    out = np.zeros((len(lengths), rows.shape[1]))
     full = lengths > 0
     starts = np.cumsum(lengths) - lengths
     if full.any():
-        out[full] = np.add.reduceat(rows, starts[full], axis=0)
+        out[full] = np.add.reduceat(rows, starts[full], axis=0, dtype=np.float64)
     return out
 
 
@@ -88,18 +92,15 @@ def relu_layers(x: Floats, layers: list[Layer]) -> Floats:
 def sigmoid(x: Floats) -> Floats:
     """1 / (1 + e^-x), by way of e^-|x| so that nothing overflows and small scores keep their digits."""
     small = np.exp(-np.abs(x))
-    scores: Floats = np.where(x >= 0, np.float32(1), small) / (1 + small)
+    scores: Floats = np.where(x >= 0, 1, small) / (1 + small)
     return scores
 
 
 class Reference:
-    """A DLRM with dot interaction in FP32 arithmetic, on the CPU.
-
-    A row's score does not depend on which rows share its batch, beyond the rounding of the matrix products.
-    """
+    """A DLRM with dot interaction in FP64 arithmetic, on the CPU."""
 
     def __init__(self, artifact: Artifact) -> None:
-        """The tensors are used in place: not copied, not converted."""
+        """Tables are used in place: not copied, not converted."""
         spec, tensors = artifact.spec, artifact.tensors
         self._spec = spec
         self._bottom = _layers(tensors, "bottom", len(spec.architecture.bottom))
@@ -112,7 +113,7 @@ class Reference:
 
     @property
     def info(self) -> BackendInfo:
-        return BackendInfo(name="reference", device="cpu", precision="fp32")
+        return BackendInfo(name="reference", device="cpu", precision="fp64")
 
     def warm_up(self, max_rows: int) -> None:
         """One pass, which starts the threads of the linear algebra library. Nothing is kept for `max_rows`."""
@@ -120,7 +121,7 @@ class Reference:
         dense = np.zeros((rows, self._spec.n_dense), np.float32)
         self.logits(RaggedBatch(dense, np.zeros(rows * self._spec.n_sparse, np.int32)))
 
-    def run(self, batch: RaggedBatch, scores: Floats) -> None:
+    def run(self, batch: RaggedBatch, scores: NDArray[np.float32]) -> None:
         """scores [rows] = sigmoid(logits)."""
         scores[:] = sigmoid(self.logits(batch))
 
@@ -129,10 +130,10 @@ class Reference:
 
         bottom MLP -> x[:, 0]; pooled rows of table t -> x[:, 1 + t]; interaction; top MLP, its last layer without ReLU.
         """
-        out = np.empty(batch.rows, np.float32)
+        out = np.empty(batch.rows)
         for block, dense, bags in self._blocks(batch):
-            x = np.empty((len(dense), 1 + len(self._tables), self._spec.architecture.dim), np.float32)
-            x[:, 0] = relu_layers(dense, self._bottom)
+            x = np.empty((len(dense), 1 + len(self._tables), self._spec.architecture.dim))
+            x[:, 0] = relu_layers(dense.astype(np.float64), self._bottom)
             for t, (ids, lengths) in enumerate(bags):
                 rows = lookup(self._tables[t], ids)
                 x[:, 1 + t] = rows if lengths is None else pool(rows, lengths)
@@ -177,7 +178,8 @@ def _by_table(ids: Ids, lengths: Ids) -> list[tuple[Ids, Ids | None]]:
 
 
 def _layers(tensors: Tensors, part: str, count: int) -> list[Layer]:
-    return [Layer(tensors[f"{part}.{i}.weight"], tensors[f"{part}.{i}.bias"]) for i in range(count)]
+    both = ((tensors[f"{part}.{i}.weight"], tensors[f"{part}.{i}.bias"]) for i in range(count))
+    return [Layer(weight.astype(np.float64), bias.astype(np.float64)) for weight, bias in both]
 
 
 def _rows(tensors: Tensors, table: Table) -> Rows:

@@ -187,6 +187,6 @@ def test_a_loaded_artifact_scores_like_the_model_that_was_written(tmp_path: Path
     batch = random_batch(model.spec, 30, seed=12)
     backend.warm_up(1000)
     np.testing.assert_array_equal(score(backend, batch), score(Reference(model), batch))
-    assert (backend.info.name, backend.info.precision) == ("reference", "fp32")
+    assert (backend.info.name, backend.info.precision) == ("reference", "fp64")
     assert backend.spec.files
     backend.unload()

@@ -295,6 +295,15 @@ class TimingConfig(Struct, frozen=True, forbid_unknown_fields=True):
             "once. Larger: slower restarts.",
         ),
     ] = 10_000
+    notice_ms: Annotated[
+        int,
+        Meta(
+            ge=0,
+            le=600_000,
+            description="How long a stopping gateway says that it is not ready before it takes no more, ms. At least "
+            "as long as a load balancer needs to notice. Larger: slower restarts.",
+        ),
+    ] = 200
     failover_floor_ms: Annotated[
         int,
         Meta(
