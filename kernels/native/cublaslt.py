@@ -1,0 +1,181 @@
+"""Matrix products of cuBLASLt with bias and ReLU in their epilogue, the fastest of its algorithms found by timing.
+
+Bound by ctypes: CuPy has no cuBLASLt, and a product with fixed pointers is all that a graph needs.
+"""
+
+import ctypes
+import importlib
+from collections.abc import Callable
+from ctypes import byref, c_float, c_int, c_int32, c_size_t, c_uint64, c_void_p
+from typing import Any
+
+import msgspec
+
+WORKSPACE_BYTES = 32 << 20
+CANDIDATES = 24
+"""Algorithms asked for; each is timed."""
+
+_R_16F, _R_32F = 2, 0
+_COMPUTE = {"fp16": 68, "fp32": 68, "tf32": 77}
+_TRANS_A, _EPILOGUE, _BIAS_POINTER = 3, 7, 8
+_EPILOGUE_RELU_BIAS = 6
+_MAX_WORKSPACE = 1
+_OP_T = 1
+
+
+class _Heuristic(ctypes.Structure):
+    _fields_ = (
+        ("algo", c_uint64 * 8),
+        ("workspace", c_size_t),
+        ("state", c_int),
+        ("waves", c_float),
+        ("reserved", c_int * 4),
+    )
+
+
+class CublasError(Exception):
+    """A call that failed, with cuBLAS's status."""
+
+
+class Product(msgspec.Struct, frozen=True):
+    """One layer with fixed addresses: y = relu(x wᵀ + bias). All row-major; `x`, `w`, `bias`, `y` are device addresses.
+
+    x [rows, inputs], w [outputs, inputs], bias [outputs], y [rows, outputs]; FP16, or FP32 for fp32 and tf32. FP16
+    widths are multiples of 8.
+    """
+
+    rows: int
+    inputs: int
+    outputs: int
+    x: int
+    w: int
+    bias: int
+    y: int
+
+
+class Library:
+    """A cuBLASLt handle. Not for two threads at a time."""
+
+    def __init__(self) -> None:
+        self._lib = _open()
+        handle = c_void_p()
+        self._call("cublasLtCreate", byref(handle))
+        self._handle = handle
+
+    def close(self) -> None:
+        self._call("cublasLtDestroy", self._handle)
+
+    def plan(self, product: Product, precision: str, workspace: int, stream: Any) -> Callable[[int], None]:
+        """A function that enqueues the product on a stream (its address), by the algorithm that ran fastest.
+
+        `workspace`: device address of WORKSPACE_BYTES. Runs the product, so y is overwritten.
+        """
+        launch, algorithms = self._prepare(product, precision, workspace)
+        best = min(algorithms, key=lambda algo: _time(lambda: launch(algo, stream.ptr), stream))
+        return lambda stream_ptr: launch(best, stream_ptr)
+
+    def _prepare(self, p: Product, precision: str, workspace: int) -> tuple[Callable[[Any, int], None], list[Any]]:
+        """Row-major y = x wᵀ is column-major yᵀ = w xᵀ: matrix A is w, stored [inputs, outputs] and transposed."""
+        kind = _R_16F if precision == "fp16" else _R_32F
+        description = c_void_p()
+        self._call("cublasLtMatmulDescCreate", byref(description), c_int(_COMPUTE[precision]), c_int(_R_32F))
+        for key, value in (
+            (_TRANS_A, c_int32(_OP_T)),
+            (_EPILOGUE, c_int32(_EPILOGUE_RELU_BIAS)),
+            (_BIAS_POINTER, c_void_p(p.bias)),
+        ):
+            size = c_size_t(ctypes.sizeof(value))
+            self._call("cublasLtMatmulDescSetAttribute", description, c_int(key), byref(value), size)
+        a = self._matrix(kind, p.inputs, p.outputs)
+        b = self._matrix(kind, p.inputs, p.rows)
+        c = self._matrix(kind, p.outputs, p.rows)
+        one, zero = c_float(1), c_float(0)
+
+        def launch(algo: Any, stream: int) -> None:
+            status = self._lib.cublasLtMatmul(
+                self._handle,
+                description,
+                byref(one),
+                c_void_p(p.w),
+                a,
+                c_void_p(p.x),
+                b,
+                byref(zero),
+                c_void_p(p.y),
+                c,
+                c_void_p(p.y),
+                c,
+                byref(algo),
+                c_void_p(workspace),
+                c_size_t(WORKSPACE_BYTES),
+                c_void_p(stream),
+            )
+            if status:
+                raise CublasError(f"cublasLtMatmul: status {status}")
+
+        return launch, self._algorithms(description, a, b, c)
+
+    def _algorithms(self, description: c_void_p, a: c_void_p, b: c_void_p, c: c_void_p) -> list[Any]:
+        preference = c_void_p()
+        self._call("cublasLtMatmulPreferenceCreate", byref(preference))
+        limit = c_size_t(WORKSPACE_BYTES)
+        size = c_size_t(ctypes.sizeof(limit))
+        self._call("cublasLtMatmulPreferenceSetAttribute", preference, c_int(_MAX_WORKSPACE), byref(limit), size)
+        found = (_Heuristic * CANDIDATES)()
+        count = c_int()
+        self._call(
+            "cublasLtMatmulAlgoGetHeuristic",
+            self._handle,
+            description,
+            a,
+            b,
+            c,
+            c,
+            preference,
+            c_int(CANDIDATES),
+            found,
+            byref(count),
+        )
+        self._call("cublasLtMatmulPreferenceDestroy", preference)
+        if not count.value:
+            raise CublasError("cuBLASLt has no algorithm for a layer. Next: report its widths")
+        return [found[i].algo for i in range(count.value)]
+
+    def _matrix(self, kind: int, rows: int, columns: int) -> c_void_p:
+        layout = c_void_p()
+        size = (c_uint64(rows), c_uint64(columns), ctypes.c_int64(rows))
+        self._call("cublasLtMatrixLayoutCreate", byref(layout), c_int(kind), *size)
+        return layout
+
+    def _call(self, name: str, *args: object) -> None:
+        if status := getattr(self._lib, name)(*args):
+            raise CublasError(f"{name}: status {status}")
+
+
+def _time(run: Callable[[], None], stream: Any) -> float:
+    """Milliseconds of one launch, the fastest of three trains of eight; infinite for an algorithm that refuses."""
+    import cupy
+
+    times = []
+    try:
+        run()
+        for _ in range(3):
+            start, stop = cupy.cuda.Event(), cupy.cuda.Event()
+            start.record(stream)
+            for _ in range(8):
+                run()
+            stop.record(stream)
+            stop.synchronize()
+            times.append(float(cupy.cuda.get_elapsed_time(start, stop)))
+    except CublasError:
+        return float("inf")
+    return min(times)
+
+
+def _open() -> ctypes.CDLL:
+    """The library that CuPy's own finder names, else the loader's."""
+    try:
+        finder: Any = importlib.import_module("cuda.pathfinder")
+        return ctypes.CDLL(str(finder.load_nvidia_dynamic_lib("cublasLt").abs_path))
+    except Exception:  # no finder, or it found none: the loader may still
+        return ctypes.CDLL("libcublasLt.so.13")

@@ -1,0 +1,177 @@
+"""The native backend where there is no GPU: layouts, what it takes and refuses, and that its kernels compile."""
+
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+from msgspec.structs import replace
+
+from narsil_stream.kernels import native
+from narsil_stream.kernels.artifact import Artifact
+from narsil_stream.kernels.backend import RaggedBatch
+from narsil_stream.kernels.init import criteo_spec, random_batch, random_model
+from narsil_stream.kernels.native import fused, layout, source
+from narsil_stream.kernels.native.plan import row_defines
+from narsil_stream.kernels.reference import Reference, interact
+
+SPEC = criteo_spec(rows=50, dim=64, bottom=(512, 256), top=(512, 512, 256))
+
+
+def layer_defines(row_bytes: int, multi_hot: bool, mlp_bytes: int) -> dict[str, object]:
+    return row_defines(SPEC, row_bytes, multi_hot) | {"ZP": 416, "HEAD": 256, "MLP_BYTES": mlp_bytes}
+
+
+SOURCES = {
+    "layers-fp16-int8": ("layers.cu", layer_defines(1, False, 2), ("sm_80", "sm_89", "sm_90")),
+    "layers-fp32-bags": ("layers.cu", layer_defines(4, True, 4), ("sm_80", "sm_89", "sm_90")),
+    "fused-4": ("fused.cu", fused.defines_of(SPEC, 1, False, 4), ("sm_80", "sm_89", "sm_90", "sm_90a")),
+    "fused-1-bags": ("fused.cu", fused.defines_of(SPEC, 2, True, 1), ("sm_90a",)),
+    "pull": ("pull.cu", {}, ("sm_80", "sm_89", "sm_90")),
+}
+
+
+@pytest.mark.parametrize(("name", "arch"), [(name, arch) for name in SOURCES for arch in SOURCES[name][2]])
+def test_kernels_compile_for_every_supported_gpu(tmp_path: Path, name: str, arch: str) -> None:
+    """A kernel that compiles only where its author sat is found out by a user. The fused one is empty below sm_90a."""
+    nvcc = shutil.which("nvcc")
+    if nvcc is None:
+        pytest.skip("no nvcc on this machine")
+    file, defines, _ = SOURCES[name]
+    (tmp_path / "kernel.cu").write_text(source.text(file, defines))
+    command = [nvcc, "-std=c++17", f"-arch={arch}", "-cubin", "-o", str(tmp_path / "out")]
+    done = subprocess.run([*command, str(tmp_path / "kernel.cu")], capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+
+
+def test_importing_the_package_imports_no_cupy() -> None:
+    """`narsil --help` on a laptop must neither fail nor wait for a GPU library."""
+    code = (
+        "import sys, narsil_stream.kernels.native, narsil_stream.kernels.native.engine; sys.exit('cupy' in sys.modules)"
+    )
+    assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0
+
+
+def test_loading_without_cupy_says_what_to_install(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The first thing that a user without a GPU sees."""
+    monkeypatch.setitem(sys.modules, "cupy", None)
+    with pytest.raises(native.Unavailable, match=r"needs CuPy .* pip install 'narsil-stream\[cuda\]'"):
+        native.load(tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("change", "reason"),
+    [
+        ({"dim": 48, "bottom": (64, 48)}, "rows of 48 values"),
+        ({"dense": 65}, "65 dense features"),
+        ({"bottom": (64,)}, "without a hidden layer"),
+        ({"top": (1024, 1)}, "wider than 512"),
+    ],
+)
+def test_the_fused_kernel_says_why_it_cannot_take_a_model(change: dict[str, object], reason: str) -> None:
+    """The reason stands in the log beside the way that is used instead."""
+    spec = replace(SPEC, architecture=replace(SPEC.architecture, **change), preprocessing=None)
+    assert reason in str(fused.misfit(spec))
+    assert fused.misfit(SPEC) is None
+
+
+def test_buckets_rise_and_end_with_the_largest_batch() -> None:
+    """A batch of max_rows must have a graph that fits exactly."""
+    assert layout.buckets(1) == (1,)
+    assert layout.buckets(128) == (128,)
+    assert layout.buckets(1600) == (128, 256, 512, 1024, 1600)
+
+
+@pytest.mark.parametrize("bag", [None, 4])
+def test_a_packed_batch_holds_every_input_at_its_place(bag: int | None) -> None:
+    """One copy moves all of it; kernels find the parts by the bucket's offsets alone."""
+    batch = random_batch(SPEC, 90, seed=1, bag=bag)
+    blob = layout.Blob.one_hot(128, 13, 26)
+    if bag is not None:
+        blob = layout.Blob.multi_hot(128, 13, 26, batch.ids.size)
+    memory = np.full(blob.nbytes, 0xEE, np.uint8)
+    layout.pack(memory, blob, batch)
+    assert memory[:4].view(np.int32)[0] == 90
+    np.testing.assert_array_equal(
+        memory[blob.dense :].view(np.uint8)[: 90 * 13 * 4].view(np.float32), batch.dense.ravel()
+    )
+    np.testing.assert_array_equal(memory[blob.ids :][: batch.ids.nbytes].view(np.int32), batch.ids)
+    assert blob.ids % 16 == blob.offsets % 16 == 0
+    if batch.lengths is not None:
+        ends = memory[blob.offsets :][: 4 * (90 * 26 + 1)].view(np.int32)
+        np.testing.assert_array_equal(np.diff(ends), batch.lengths.ravel())
+
+
+@pytest.mark.parametrize("bag", [None, 3])
+@pytest.mark.parametrize(("max_rows", "max_ids"), [(1000, 10**6), (7, 10**6), (64, 100), (1, 1)])
+def test_a_cut_batch_is_the_same_batch(bag: int | None, max_rows: int, max_ids: int) -> None:
+    """No row lost, doubled or moved at the cuts; no piece beyond its bounds but a single row's."""
+    batch = random_batch(SPEC, 150, seed=2, bag=bag)
+    parts = layout.pieces(batch, max_rows, max_ids)
+    np.testing.assert_array_equal(np.concatenate([part.dense for part in parts]), batch.dense)
+    np.testing.assert_array_equal(np.concatenate([part.ids for part in parts]), batch.ids)
+    assert all(0 < part.rows <= max_rows for part in parts)
+    if batch.lengths is not None:
+        lengths = [part.lengths for part in parts if part.lengths is not None]
+        np.testing.assert_array_equal(np.concatenate(lengths), batch.lengths)
+        assert all(part.ids.size <= max_ids or part.rows == 1 for part in parts)
+
+
+def test_rows_without_ids_are_cut_by_rows_alone() -> None:
+    """Empty bags at the end of a batch must not be dropped."""
+    batch = RaggedBatch(np.ones((5, 13), np.float32), np.zeros(0, np.int32), np.zeros((5, 26), np.int32))
+    assert [part.rows for part in layout.pieces(batch, 2, 10)] == [2, 2, 1]
+
+
+def test_operands_of_the_first_layer_are_where_the_lanes_look() -> None:
+    """Lane 4 g + t: output 8 n + g, inputs 16 k + (2t, 2t + 1, 2t + 8, 2t + 9)."""
+    weight = np.arange(24 * 32, dtype=np.float16).reshape(24, 32)
+    operands = layout.first_operand(weight)
+    for k, n, g, t in [(0, 0, 0, 0), (1, 2, 5, 3), (0, 1, 7, 2)]:
+        inputs = [16 * k + i for i in (2 * t, 2 * t + 1, 2 * t + 8, 2 * t + 9)]
+        np.testing.assert_array_equal(operands[k, n, 4 * g + t], weight[8 * n + g, inputs])
+
+
+def test_tiles_are_swizzled_by_row() -> None:
+    """Chunk c of row r at place c ^ (r % 8): what wgmma's descriptors of fused.cu say."""
+    rng = np.random.default_rng(3)
+    weight = rng.standard_normal((16, 128)).astype(np.float16)
+    tiles = layout.swizzled_tiles(weight)
+    for block, row, chunk in [(0, 0, 0), (1, 3, 5), (1, 13, 7)]:
+        place = (chunk ^ (row % 8)) * 8
+        start = block * 64 + chunk * 8
+        np.testing.assert_array_equal(tiles[block, row, place : place + 8], weight[row, start : start + 8])
+
+
+@pytest.mark.parametrize("split", [1, 2, 4])
+def test_every_block_streams_each_of_its_weights_once(split: int) -> None:
+    """The last bottom layer goes to all blocks, other layers are divided among them."""
+    rng = np.random.default_rng(4)
+    bottom, whole, top = (
+        rng.permutation(1 << 15)[: a * b].reshape(a, b).astype(np.float32)
+        for a, b in ((256, 64), (16, 256), (256, 128))
+    )
+    streams = layout.weight_streams([bottom], whole, [top], split)  # any type will do
+    assert streams.shape == (split, (bottom.size + top.size) // split + whole.size)
+    shared = np.sort(np.concatenate([np.tile(whole.ravel(), split), bottom.ravel(), top.ravel()]))
+    np.testing.assert_array_equal(np.sort(streams.ravel()), shared)
+
+
+def test_the_interactions_columns_keep_their_meaning_in_the_fused_kernel() -> None:
+    """The kernel stores products in another order, and the first top layer's weights follow."""
+    artifact: Artifact = random_model(criteo_spec(rows=10, dim=16, bottom=(32,), top=(300,)), seed=5)
+    rng = np.random.default_rng(6)
+    x = rng.standard_normal((3, 27, 16)).astype(np.float32)
+    z = interact(x)
+    columns = layout.product_columns(16, 26)
+    assert len(set(columns.tolist())) == z.shape[1] <= layout.product_width(16, 26)
+    assert columns.max() < layout.product_width(16, 26)
+    placed = np.zeros((3, 448), np.float32)
+    placed[:, columns] = z
+    _, (_, _, (first, *_)), _, _ = fused.weights(artifact)
+    expected = z @ artifact.tensors["top.0.weight"].T
+    np.testing.assert_allclose((placed[:, : first.shape[1]] @ first.T.astype(np.float32))[:, :300], expected, atol=0.1)
+    assert not first[300:].any()
+    assert Reference(artifact).spec is artifact.spec
