@@ -11,7 +11,7 @@ import uvloop
 
 from narsil_stream.cli.options import config_options
 from narsil_stream.core import logs
-from narsil_stream.core.config import Config, Loaded
+from narsil_stream.core.config import Config, ExecutorConfig, Loaded
 from narsil_stream.core.ports import PortTaken
 from narsil_stream.core.runtime import Runtime
 from narsil_stream.schemas.errors import Refused
@@ -53,7 +53,7 @@ def gateway(loaded: Loaded, share_port: bool, watch_stdin: bool) -> None:
     """
     inline = loaded.config.mode == "inline"
     if inline:
-        _limit_threads(loaded.config.executor.threads)
+        _limit_threads(loaded.config.executor)
 
     async def start(runtime: Runtime) -> None:
         if inline:
@@ -83,7 +83,7 @@ def executor(loaded: Loaded, watch_stdin: bool) -> None:
 
     Example: narsil executor --nats-url nats://broker:4222 --model models/ctr
     """
-    _limit_threads(loaded.config.executor.threads)
+    _limit_threads(loaded.config.executor)
     _run(loaded.config, "executor", _start_executor, watch_stdin)
 
 
@@ -120,10 +120,12 @@ def demo_model(config: Config) -> Path:
     return folder
 
 
-def _limit_threads(threads: int) -> None:
+def _limit_threads(executor: ExecutorConfig) -> None:
     """Must come before NumPy is imported: its libraries read these once."""
-    if threads and "numpy" not in sys.modules:
-        for variable in ("OMP_NUM_THREADS", "OPENBLAS_NUM_THREADS", "MKL_NUM_THREADS"):
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    threads = executor.threads or max(1, cores // 2 // executor.executors)
+    for variable in ("OMP_NUM_THREADS", "OPENBLAS_NUM_THREADS", "MKL_NUM_THREADS"):
+        if executor.threads or variable not in os.environ:
             os.environ[variable] = str(threads)
 
 

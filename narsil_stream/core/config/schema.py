@@ -260,8 +260,8 @@ class ExecutorConfig(Struct, frozen=True, forbid_unknown_fields=True):
         Meta(
             ge=0,
             le=256,
-            description="Processor threads that one executor computes with. 0: the library's own choice, often all "
-            "cores. Larger: less left for batchers and gateways on the same host.",
+            description="Processor threads that one executor computes with. 0: half of the cores, divided by "
+            "executor.executors. Larger: less left for batchers and gateways on the same host.",
         ),
     ] = 0
 
