@@ -124,7 +124,7 @@ def _reference(model: Artifact, repeats: int) -> Iterator[Row]:
             return (time.perf_counter() - start) * 1e6 / len(given)
 
         (value,) = alternate(repeats, once)
-        yield Row(f"forward/reference/cpu/fp32/{rows}", "run", value, "us")
+        yield Row(f"forward/reference/cpu/{backend.info.precision}/{rows}", "run", value, "us")
 
 
 def _baseline(model: Artifact) -> tuple[Any, str]:

@@ -26,7 +26,7 @@ def ways(model: Artifact) -> tuple[list[str], dict[str, str]]:
     found, absent = [], {}
     for way, options in WAYS.items():
         try:
-            engine = Engine(model, Options(max_rows=2048, lanes=1, **options))
+            engine = Engine(model, Options(max_rows=4096, lanes=1, **options))
         except ValueError as error:
             absent[f"native {way}"] = str(error)
             continue

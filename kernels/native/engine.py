@@ -40,6 +40,8 @@ class Options(Struct, frozen=True):
     split: int = 0
     """Of the fused kernel: blocks that score the same rows. 0: by the bucket's size. 1: most rows a second. 4: lowest
     latency for up to 2048 rows."""
+    direct_rows: int = 256
+    """One-hot buckets up to this are not copied at all by the fused kernel: it reads them in the host's memory."""
     pull_bytes: int = 1 << 20
     """One-hot batches up to this size are copied by a kernel, larger ones by the copy engine."""
     copies: bool = True
@@ -118,8 +120,9 @@ class Slot:
     def outputs(self) -> Outputs:
         return Outputs(self._results_ptr + 64, int(self.logits.data.ptr), self._results_ptr)
 
-    def inputs(self, blob: Blob) -> Inputs:
-        start = int(self.device.data.ptr)
+    def inputs(self, blob: Blob, *, direct: bool = False) -> Inputs:
+        """Where the device finds the parts of a batch: its own copy, or `direct` the host's pinned memory."""
+        start = int(self._pinned.ptr if direct else self.device.data.ptr)
         offsets = start + blob.offsets if blob.offsets != blob.ids else 0
         return Inputs(start, start + blob.dense, start + blob.ids, offsets)
 
@@ -270,14 +273,16 @@ class Engine:
         """A graph for one slot and bucket. Multi-hot batches vary in length: their copy stays outside."""
         self.plan.prepare(size, multi_hot, slot.lane, slot.stream)
         blob = self.blob(size, 0 if multi_hot else None)
+        copies = self.options.copies and not multi_hot
+        direct = copies and self.plan.reads_inputs_once and size <= self.options.direct_rows
         slot.stream.begin_capture()
         try:
-            if self.options.copies and not multi_hot:
+            if copies and not direct:
                 if blob.nbytes <= self.options.pull_bytes:
                     slot.pull(self._pull, blob.nbytes)
                 else:
                     slot.copy(blob.nbytes)
-            self.plan.enqueue(slot.stream, slot.inputs(blob), slot.outputs, size, slot.lane)
+            self.plan.enqueue(slot.stream, slot.inputs(blob, direct=direct), slot.outputs, size, slot.lane)
         finally:
             graph = slot.stream.end_capture()
         graph.upload(slot.stream)

@@ -317,13 +317,12 @@ struct FirstInputs {
 };
 
 // First layer: all columns, of which a warp has half for 16 rows; its stages of the ring hold operands B.
-__device__ __forceinline__ void first_layer(const Block& block, const uint32_t (&a)[FIRST_STAGES][4], const float* biases) {
-    constexpr int half = bottom_width[0] / 16, together = 8;
+constexpr int FIRST_TILES = bottom_width[0] / 16;
+__device__ __forceinline__ void first_layer(const Block& block, const uint32_t (&a)[FIRST_STAGES][4],
+                                            const float2 (&bias)[FIRST_TILES]) {
+    constexpr int half = FIRST_TILES, together = 8;
     const int first = block.group() * half;
     const uint32_t row = block.act(0) + (block.warp % 4 * 16 + block.g) * 128 + 4 * block.t;
-    float2 bias[half];
-#pragma unroll
-    for (int i = 0; i < half; ++i) bias[i] = __ldg(reinterpret_cast<const float2*>(biases + (first + i) * 8 + 2 * block.t));
 #pragma unroll
     for (int k = 0; k < FIRST_STAGES; ++k) barrier_wait(block.full(k), 0);
 #pragma unroll
@@ -597,7 +596,11 @@ fused(const int* header, const float* dense, const int* ids, const int* offsets,
         FirstInputs inputs;
         int id[TOGETHER][4];
         Raw raw[TOGETHER][4];
+        float2 first_bias[FIRST_TILES];
         inputs.load(block, dense, row0, capacity);
+#pragma unroll
+        for (int i = 0; i < FIRST_TILES; ++i)
+            first_bias[i] = __ldg(reinterpret_cast<const float2*>(bias + (block.group() * FIRST_TILES + i) * 8 + 2 * block.t));
         if constexpr (MULTI == 0) gather.load_ids(id, 0);
         const int n = __ldg(header);
         if (row0 >= n) {    // all blocks of the cluster
@@ -613,7 +616,7 @@ fused(const int* header, const float* dense, const int* ids, const int* offsets,
             for (int i = 0; i < 4; ++i) a[k][i] = inputs.operand(block, k, i, row0, n);
         STAMP(1);
         if constexpr (MULTI == 0) gather.load_rows(raw, id, 0, n);
-        first_layer(block, a, bias);
+        first_layer(block, a, first_bias);
         fence_async();
         cluster_wait();     // the others' barriers stand: from here on blocks write to each other
         sync_warps();

@@ -43,6 +43,7 @@ class LayersPlan:
     """Four kernels of `layers.cu` and one product for each hidden layer."""
 
     name = "layers"
+    reads_inputs_once = False
 
     def __init__(self, artifact: Artifact, tables: DeviceTables, precision: str, arch: str, max_rows: int) -> None:
         """`precision`: fp16, tf32 or fp32, of the MLPs and the interaction."""

@@ -30,6 +30,8 @@ class Plan(Protocol):
     """The forward pass of one model on one device."""
 
     name: str
+    reads_inputs_once: bool
+    """Whether small batches may as well be read where they are, in the host's memory."""
 
     def resize(self, max_rows: int) -> None:
         """Batches have up to `max_rows` rows from now on; what was prepared is void."""
