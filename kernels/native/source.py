@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 HERE = Path(__file__).parent
-_INCLUDED = ("rows.cuh", "hopper.cuh")
+_INCLUDED = ("rows.cuh", "hopper.cuh", "block.cuh", "gather.cuh")
 _HEADER = "cuda_fp16.h"
 
 
