@@ -13,9 +13,9 @@ import msgspec
 from msgspec import Struct
 from nats.aio.msg import Msg
 from nats.micro.service import EndpointStats
-from prometheus_client import Counter, Histogram
 
 from narsil_stream.actors.answering import Answering, Caller
+from narsil_stream.actors.batcher_metrics import BatcherMetrics
 from narsil_stream.actors.catalogue import Catalogue, Described
 from narsil_stream.actors.decisions import Decision, Dispatch, Drop, Plead, Rules
 from narsil_stream.actors.queue import State, Ticket
@@ -24,7 +24,6 @@ from narsil_stream.core.actor import Actor, now_us, unix_us
 from narsil_stream.core.admission import Rows, one_hot_lengths
 from narsil_stream.core.bus import Bus
 from narsil_stream.core.config import Config
-from narsil_stream.core.telemetry import ROWS, SECONDS, RequestMetrics, gauges
 from narsil_stream.schemas import codec, subjects
 from narsil_stream.schemas.errors import Fault, Refused
 from narsil_stream.schemas.internal import (
@@ -77,36 +76,6 @@ class Work(Struct, frozen=True):
 Message = Bundle | Cancel | Result | Grant | ExecutorBeat | Described | Published | Hello | BrokerLost
 
 
-class Metrics:
-    """The batcher's own; the requests' are in `RequestMetrics`."""
-
-    def __init__(self, batcher: "Batcher") -> None:
-        registry = batcher.registry
-        self.requests = RequestMetrics(registry)
-        self.batch_rows = Histogram("narsil_batch_rows", "Rows in a batch", buckets=ROWS, registry=registry)
-        self.batch_fill = Histogram(
-            "narsil_batch_fill_ratio", "Rows in a batch, of max_rows", buckets=[i / 10 for i in range(1, 11)],
-            registry=registry,
-        )  # fmt: skip
-        self.queue_wait = Histogram(
-            "narsil_queue_wait_seconds", "From arrival to the cut of the batch", buckets=SECONDS, registry=registry
-        )
-        self.no_answer = Counter("narsil_unanswerable", "Requests without a reply subject that may be used", ["why"],
-                                 registry=registry)  # fmt: skip
-        self.early = Counter("narsil_sent_in_future", "Requests sent later than now, by their clock", registry=registry)
-        self.resent = Counter("narsil_batches_resent", "Batches sent a second time", registry=registry)
-        executors = batcher.policy.executors
-        gauges(
-            registry,
-            narsil_queue_rows=("Rows waiting", lambda: batcher.policy.rows),
-            narsil_queue_bytes=("Bytes waiting", lambda: batcher.policy.bytes),
-            narsil_credits=("Slots in hand", lambda: sum(len(e.free) for e in executors.values())),
-            narsil_in_flight=("Batches sent", lambda: sum(len(e.flights) for e in executors.values())),
-            narsil_executors_alive=("Executors heard of", lambda: len(executors)),
-            narsil_mailbox_peak=("Most messages taken at once", lambda: batcher.mailbox.peak),
-        )
-
-
 class Batcher(Actor[Message]):
     kind = "batcher"
 
@@ -116,13 +85,16 @@ class Batcher(Actor[Message]):
         self._bus = bus
         self.policy = Scheduler(self.name, self._rules(config, bus.max_payload))
         self._catalogue = Catalogue(bus, self.mailbox.put_urgent)
-        self._metrics = Metrics(self)
+        self._metrics = BatcherMetrics(self.registry, self.policy, self.mailbox)
         self._open: dict[tuple[str, int], Ticket] = {}
         self._answering = Answering(bus, self.name)
         self._tickets = 0
         self._beat_due_us = 0
         self._phase = "up"
         self._idle = asyncio.Event()
+        self._served = asyncio.Event()
+        self._joining: asyncio.Task[None] | None = None
+        self._joined = False
         self._stats = EndpointStats("infer", f"{subjects.INFER}.>", subjects.QUEUE_GROUP, 0, 0, 0, 0)
 
     # Life
@@ -132,23 +104,41 @@ class Batcher(Actor[Message]):
         await self._bus.listen(subjects.EXECUTOR_BEAT, self.mailbox.put_urgent, _decode_beat, owner=self)
         await self._bus.subscribe(subjects.HELLO, lambda _: self.mailbox.put_urgent(Hello()), owner=self)
         await self._bus.respond(subjects.describe(self.name), self._catalogue.described, owner=self)
-        await self._bus.subscribe(f"{subjects.INFER}.>", self._take_published, subjects.QUEUE_GROUP, owner=self)
         await self._bus.flush()
         self._bus.publish(subjects.HELLO, b"")
         self._bus.on_lost.append(self._on_lost)
+        self._joining = asyncio.create_task(self._join_public(), name=f"{self.name} joins")
+
+    async def _join_public(self) -> None:
+        """Take from the public subjects once there is a model to serve: others of the group may have one already.
+
+        Alone it takes them all the same, after two leases, so that producers are told UNAVAILABLE.
+        """
+        with contextlib.suppress(TimeoutError):
+            await asyncio.wait_for(self._served.wait(), 2 * self._config.timing.lease_ms / 1e3)
+        await self._bus.subscribe(f"{subjects.INFER}.>", self._take_published, subjects.QUEUE_GROUP, owner=self)
+        await self._bus.flush()
+        self._joined = True
+        self.mailbox.put_urgent(Hello())
 
     def _on_lost(self) -> None:
         self.mailbox.put_urgent(BrokerLost())
 
     async def drain(self) -> None:
         """Leave the queue group, tell those who send here, and wait until all is answered and no more comes."""
-        await self._bus.unsubscribe(f"{subjects.INFER}.>", owner=self)
+        await self._leave_public()
         self._phase, self._beat_due_us = "leaving", 0
         self.mailbox.put_urgent(Hello())
         await asyncio.sleep(2 * self._config.timing.beat_ms / 1e3)
         self._idle.clear()
         self.mailbox.put_urgent(Hello())
         await self._idle.wait()
+
+    async def _leave_public(self) -> None:
+        if self._joining is not None:
+            self._joining.cancel()
+            await asyncio.gather(self._joining, return_exceptions=True)
+        await self._bus.unsubscribe(f"{subjects.INFER}.>", owner=self)
 
     async def stop(self) -> None:
         """Askers with a slot ask another batcher once they hear that this one is gone; plain callers cannot."""
@@ -169,8 +159,8 @@ class Batcher(Actor[Message]):
             subjects.EXECUTOR_BEAT,
             subjects.HELLO,
             subjects.describe(self.name),
-            f"{subjects.INFER}.>",
         )
+        await self._leave_public()
         await asyncio.gather(*(self._bus.unsubscribe(subject, owner=self) for subject in heard))
 
     def endpoints(self) -> list[EndpointStats]:
@@ -218,6 +208,8 @@ class Batcher(Actor[Message]):
                 self._score(tickets, message)
             case ExecutorBeat():
                 self._act(self.policy.beat(self._catalogue.known_only(message), now_us()))
+                if not self._served.is_set():
+                    self._beat_due_us = 0
             case Grant():
                 self.policy.grant(message.executor, message.slot)
             case Cancel():
@@ -225,6 +217,7 @@ class Batcher(Actor[Message]):
                     self._cancel(message.reply, slot)
             case Described():
                 self._catalogue.add(message)
+                self._ask_for_beats()
             case Hello():
                 self._beat_due_us = 0
             case BrokerLost():
@@ -242,6 +235,11 @@ class Batcher(Actor[Message]):
         wake = self.policy.wake_us(now)
         return self._beat_due_us if wake is None else min(wake, self._beat_due_us)
 
+    def _ask_for_beats(self) -> None:
+        """What was just described is served from the next beat of its executor on."""
+        with contextlib.suppress(Refused):
+            self._bus.publish(subjects.HELLO, b"")
+
     def _forget_askers(self) -> None:
         for (reply, slot), ticket in list(self._open.items()):
             if not self._bus.is_local(reply):
@@ -253,28 +251,33 @@ class Batcher(Actor[Message]):
 
     def _admit_ask(self, reply: str, ask: Ask) -> None:
         caller = Caller(reply, ask.slot, ask.request.id)
-        self._admit(caller, ask.model, ask.version, lambda: ask.request)
+        self._admit(caller, ask.model, ask.version, lambda: ask.request, 0)
 
     def _admit_published(self, message: Published) -> None:
         model, _, version = message.subject.removeprefix(f"{subjects.INFER}.").partition(".")
         caller = Caller(message.reply, -1, "", codec.spelling_of(message.payload))
-        self._admit(caller, model, version, lambda: codec.decode_request(message.payload))
+        self._admit(caller, model, version, lambda: codec.decode_request(message.payload), len(message.payload))
 
-    def _admit(self, caller: Caller, model: str, version: str, read: Callable[[], InferRequest]) -> None:
+    def _admit(self, caller: Caller, model: str, version: str, read: Callable[[], InferRequest], held: int) -> None:
+        """`held`: bytes of the message that views of its tensors keep in memory."""
         self._metrics.requests.offered.inc()
         self._stats.num_requests += 1
         try:
             request = read()
             caller = msgspec.structs.replace(caller, id=request.id)
-            ticket = self._ticket(caller, model, version, request)
+            ticket = self._ticket(caller, model, version, request, held)
             self.policy.offer(ticket, now_us())
         except Refused as refused:
             self._refuse(caller, refused)
             return
+        except Exception:
+            log.exception("a request could not be read")
+            self._refuse(caller, Refused(Fault.INTERNAL, "the request could not be read"))
+            return
         if caller.slot >= 0:
             self._open[caller.reply, caller.slot] = ticket
 
-    def _ticket(self, caller: Caller, model: str, version: str, request: InferRequest) -> Ticket:
+    def _ticket(self, caller: Caller, model: str, version: str, request: InferRequest, held: int) -> Ticket:
         if self._phase == "gone":
             raise Refused(Fault.UNAVAILABLE, "the batcher is stopping", 1_000)
         limits = self._config.batch
@@ -290,10 +293,13 @@ class Batcher(Actor[Message]):
                 )
         key, admission = self._catalogue.find(model, version, self.policy.executors.values())
         rows = admission.rows(request)
-        held = max(rows.nbytes, sum(tensor.data.nbytes for tensor in request.inputs))  # views keep the message alive
+        if rows.count > limits.max_rows:
+            raise Refused(Fault.TOO_LARGE, f"input 'dense' has {rows.count} rows; expected at most {limits.max_rows}")
+        if held > 2 * rows.nbytes + 512:
+            rows = rows.copied()  # views would keep a message alive that is much larger than what is accounted for
         self._tickets += 1
         return Ticket(
-            self._tickets, key, rows.count, held, request.priority or DEFAULT_PRIORITY, now, now + budget_us,
+            self._tickets, key, rows.count, rows.nbytes, request.priority or DEFAULT_PRIORITY, now, now + budget_us,
             Work(rows, caller),
         )  # fmt: skip
 
@@ -396,12 +402,15 @@ class Batcher(Actor[Message]):
     def _beat(self, now: int) -> None:
         self._beat_due_us = now + self._config.timing.beat_ms * 1_000
         policy = self.policy
+        served = self._catalogue.served(policy.executors.values())
+        if served:
+            self._served.set()
         due = [at for queue in policy.queues.values() if queue.count and (at := queue.earliest_deadline()) is not None]
         self._bus.broadcast(
             subjects.BATCHER_BEAT,
             BatcherBeat(
                 self.name,
-                self._catalogue.served(policy.executors.values()),
+                served if self._joined else (),
                 max((policy.backlog_us(key, now) for key in policy.queues), default=0),
                 policy.rows,
                 max(0, min(due, default=now) - now),

@@ -79,7 +79,7 @@ class Catalogue:
         entry = self._entries.get(key) if key is not None else None
         if key is not None and entry is not None:
             return key, entry.admission
-        if not executors or self._asking:
+        if not executors or self._asking or not self._entries:
             raise Refused(Fault.UNAVAILABLE, "no executor is alive", 500_000)
         served = ", ".join(f"'{k.name}' version {k.version}" for k in sorted(self._entries)) or "none"
         wanted = f"'{model}'" + (f" version '{version}'" if version else "")

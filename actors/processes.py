@@ -4,6 +4,7 @@ import asyncio
 import contextlib
 import logging
 import os
+import secrets
 import signal
 import time
 from collections.abc import Callable
@@ -22,12 +23,13 @@ class Child:
     kind: str
     command: list[str]
     environ: dict[str, str]
-    on_started: Callable[["Child"], None] | None = None
+    reports: bool = False
+    """It is an actor, which takes `--parent TOKEN` and repeats the token in its reports."""
+    token: str = ""
     process: asyncio.subprocess.Process | None = None
     restarts: int = 0
     stopping: bool = False
     gave_up: bool = False
-    started: float = 0.0
     _backoff: Backoff = field(default_factory=Backoff)
     _watch: asyncio.Task[None] | None = None
 
@@ -48,12 +50,13 @@ class Child:
 
         The child's stdin is a pipe that nobody writes to: it ends when this process dies, however it dies.
         """
+        command = self.command
+        if self.reports:
+            self.token = secrets.token_hex(8)
+            command = [*command, "--parent", self.token]
         self.process = await asyncio.create_subprocess_exec(
-            *self.command, stdin=asyncio.subprocess.PIPE, env=self.environ, start_new_session=True
+            *command, stdin=asyncio.subprocess.PIPE, env=self.environ, start_new_session=True
         )
-        self.started = time.monotonic()
-        if self.on_started is not None:
-            self.on_started(self)
 
     async def _keep_alive(self, given_up: Callable[["Child"], None]) -> None:
         while self.process is not None:
@@ -69,7 +72,10 @@ class Child:
                 return
             log.warning("%s %s; starting it again in %.1f s", self.label, ended(code), delay)
             await asyncio.sleep(delay)
-            await self._spawn()
+            try:
+                await self._spawn()
+            except OSError as error:  # no memory, too many processes: that counts as a failure too
+                log.warning("%s did not start: %s", self.label, error)
 
     async def stop(self, timeout: float) -> None:
         """SIGTERM, and SIGKILL for the whole group after `timeout` seconds."""

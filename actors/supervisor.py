@@ -17,7 +17,7 @@ from narsil_stream.core import broker
 from narsil_stream.core.bus import Bus
 from narsil_stream.core.config import Config, child_environ
 from narsil_stream.core.exposition import MetricsServer
-from narsil_stream.core.ports import free_port
+from narsil_stream.core.ports import address, free_port
 from narsil_stream.core.requester import Requester
 from narsil_stream.schemas import subjects
 from narsil_stream.schemas.errors import Refused
@@ -28,6 +28,8 @@ log = logging.getLogger(__name__)
 READY_TIMEOUT = 120.0
 """Seconds for all to be ready: a large model takes its time to load."""
 KILL_MARGIN = 5.0
+SILENT_AFTER_S = 3.0
+"""Reports come every second."""
 
 _decode_report = msgspec.msgpack.Decoder(Report).decode
 
@@ -43,8 +45,8 @@ class Supervisor:
         self.config = config
         self._on_ready = on_ready
         self.children: list[Child] = []
-        self.reports: dict[int, dict[str, Report]] = {}
-        """By pid and actor."""
+        self.reports: dict[str, dict[str, tuple[Report, float]]] = {}
+        """By the token of their process and actor, with the monotonic time when they came."""
         self._stop = asyncio.Event()
         self._failed = ""
 
@@ -75,15 +77,16 @@ class Supervisor:
         return {"healthy": bool(rows) and all(row["state"] == "up" for row in rows), "actors": rows}
 
     def _rows(self, child: Child) -> Iterator[dict[str, Any]]:
-        reports = self.reports.get(child.pid, {}) if child.running else {}
+        reports = self.reports.get(child.token, {}) if child.running else {}
         common = {"process": child.label, "pid": child.pid, "restarts": child.restarts}
         if child.kind == "broker":
-            detail = f"nats://{self.config.nats.host}:{self.config.nats.port}"
+            detail = f"nats://{address(self.config.nats.host, self.config.nats.port)}"
             yield {"kind": child.kind, "actor": child.label, "state": "up" if child.running else "down",
                    "detail": detail, **common}  # fmt: skip
         elif reports:
-            for report in reports.values():
-                yield {"kind": report.kind, "actor": report.actor, "state": report.state,
+            for report, came in list(reports.values()):
+                state = "silent" if time.monotonic() - came > SILENT_AFTER_S else report.state
+                yield {"kind": report.kind, "actor": report.actor, "state": state,
                        "detail": report.detail, **common}  # fmt: skip
         else:
             state = "given up" if child.gave_up else "starting" if child.running else "down"
@@ -114,7 +117,7 @@ class Supervisor:
         command = broker.tied(os.getpid(), *broker.command(self.config.data_dir, nats), "--log", os.devnull)
         await self._start(Child("broker", "broker", command, dict(os.environ)))
         if not await broker.wait_listening(nats.host, nats.port, 10.0):
-            raise StartFailed(f"the broker did not start to listen on {nats.host}:{nats.port} within 10 s")
+            raise StartFailed(f"the broker did not start to listen on {address(nats.host, nats.port)} within 10 s")
 
     async def _connect(self, bus: Bus) -> None:
         try:
@@ -135,12 +138,11 @@ class Supervisor:
         for kind, count, options in parts:
             for number in range(1, count + 1):
                 label = kind if count == 1 else f"{kind} {number}"
-                command = [sys.executable, "-m", "narsil_stream.cli", kind, "--watch-stdin", *options]
-                await self._start(Child(label, kind, command, environ))
+                command = [sys.executable, "-m", "narsil_stream.cli", kind, *options]
+                await self._start(Child(label, kind, command, environ, reports=True))
 
     async def _start(self, child: Child) -> None:
         self.children.append(child)
-        child.on_started = self._forget_reports
         await child.start(self._given_up)
 
     async def _all_ready(self, bus: Bus) -> list[ModelCard]:
@@ -173,18 +175,21 @@ class Supervisor:
 
     # Reports
 
-    def _forget_reports(self, child: Child) -> None:
-        """Of an earlier process with the same pid."""
-        self.reports.pop(child.pid, None)
-
     def _on_report(self, report: Report) -> None:
-        self.reports.setdefault(report.pid, {})[report.actor] = report
+        """Those of our own children: on a broker that others use too, anybody may report."""
+        tokens = {child.token for child in self.children if child.reports}
+        if report.token not in tokens:
+            return
+        self.reports = {token: of for token, of in self.reports.items() if token in tokens}
+        mine = self.reports.setdefault(report.token, {})
         if report.state == "stopped":
-            self.reports[report.pid].pop(report.actor, None)
+            mine.pop(report.actor, None)
+        else:
+            mine[report.actor] = (report, time.monotonic())
 
     def _all_reports(self) -> list[Report]:
-        alive = {child.pid for child in self.children if child.running}
-        return [report for pid, of in list(self.reports.items()) if pid in alive for report in list(of.values())]
+        alive = {child.token for child in self.children if child.running}
+        return [report for token, of in list(self.reports.items()) if token in alive for report, _ in list(of.values())]
 
     # Stop
 

@@ -156,6 +156,8 @@ class Report(Struct, array_like=True, frozen=True, gc=False, tag=10):
     detail: str
     metrics: str
     """Prometheus text exposition"""
+    token: str = ""
+    """What the supervisor gave this process, to tell its own children from others on the same broker."""
 
 
 ToBatcher = Bundle | Cancel | Result | Grant

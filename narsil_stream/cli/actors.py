@@ -18,8 +18,12 @@ from narsil_stream.schemas.errors import Refused
 
 Start = Callable[[Runtime], Awaitable[Any]]
 
-watch_stdin = click.option(
-    "--watch-stdin", is_flag=True, hidden=True, help="Stop when stdin ends: the parent process is gone."
+parent = click.option(
+    "--parent",
+    "token",
+    default="",
+    hidden=True,
+    help="Set by `narsil serve`: repeat this in reports, and stop when stdin ends, because the parent is gone.",
 )
 
 
@@ -45,8 +49,8 @@ def broker(loaded: Loaded) -> None:
 @click.command()
 @config_options()
 @click.option("--share-port", is_flag=True, help="Let several gateway processes listen on one port (SO_REUSEPORT).")
-@watch_stdin
-def gateway(loaded: Loaded, share_port: bool, watch_stdin: bool) -> None:
+@parent
+def gateway(loaded: Loaded, share_port: bool, token: str) -> None:
     """Run an HTTP gateway: Open Inference Protocol in, NATS behind. With `--mode inline` a batcher and an executor too.
 
     Example: narsil gateway --nats-url nats://broker:4222 --http-host 0.0.0.0 --http-port 8000
@@ -61,30 +65,30 @@ def gateway(loaded: Loaded, share_port: bool, watch_stdin: bool) -> None:
             await _start_batcher(runtime)
         await _start_gateway(runtime, share_port)
 
-    _run(loaded.config, "inline" if inline else "gateway", start, watch_stdin)
+    _run(loaded.config, "inline" if inline else "gateway", start, token)
 
 
 @click.command()
 @config_options("mode", "nats", "batch", "timing")
-@watch_stdin
-def batcher(loaded: Loaded, watch_stdin: bool) -> None:
+@parent
+def batcher(loaded: Loaded, token: str) -> None:
     """Run a batcher: it coalesces requests into batches, by deadline, for the executors.
 
     Example: narsil batcher --nats-url nats://broker:4222
     """
-    _run(loaded.config, "batcher", _start_batcher, watch_stdin)
+    _run(loaded.config, "batcher", _start_batcher, token)
 
 
 @click.command()
 @config_options("model", "backend", "nats", "executor", "timing", "batch.max_rows", "data_dir")
-@watch_stdin
-def executor(loaded: Loaded, watch_stdin: bool) -> None:
+@parent
+def executor(loaded: Loaded, token: str) -> None:
     """Run an executor: it loads a model and computes batches.
 
     Example: narsil executor --nats-url nats://broker:4222 --model models/ctr
     """
     _limit_threads(loaded.config.executor)
-    _run(loaded.config, "executor", _start_executor, watch_stdin)
+    _run(loaded.config, "executor", _start_executor, token)
 
 
 async def _start_gateway(runtime: Runtime, share_port: bool) -> None:
@@ -129,14 +133,14 @@ def _limit_threads(executor: ExecutorConfig) -> None:
             os.environ[variable] = str(threads)
 
 
-def _run(config: Config, role: str, start: Start, watch_stdin: bool) -> None:
+def _run(config: Config, role: str, start: Start, token: str) -> None:
     """Run actors until they are told to stop. What keeps them from starting is one message and exit status 1."""
     logs.setup(config.log_level, config.log_format, role)
 
     async def life() -> int:
-        async with Runtime(config, role) as runtime:
+        async with Runtime(config, role, token) as runtime:
             await start(runtime)
-            return await runtime.until_stopped(watch_stdin)
+            return await runtime.until_stopped(watch_stdin=bool(token))
 
     from narsil_stream.kernels.artifact import ArtifactError
 

@@ -37,6 +37,11 @@ class Rows(Struct, frozen=True, gc=False):
     def nbytes(self) -> int:
         return self.dense.nbytes + self.ids.nbytes + (self.lengths.nbytes if self.lengths is not None else 0)
 
+    def copied(self) -> "Rows":
+        """The same in memory of its own, which lets go of the message it came in."""
+        lengths = None if self.lengths is None else memoryview(bytes(self.lengths))
+        return Rows(self.count, memoryview(bytes(self.dense)), memoryview(bytes(self.ids)), lengths)
+
 
 class Admission:
     """The checks for one model. They run on the batcher's event loop, once for each request."""

@@ -45,9 +45,11 @@ class Backoff:
 class Runtime:
     """Use as `async with Runtime(config, "batcher") as runtime`, `start` actors, then `until_stopped`."""
 
-    def __init__(self, config: Config, role: str) -> None:
+    def __init__(self, config: Config, role: str, token: str = "") -> None:
         self.config = config
         self.role = role
+        self.token = token
+        """Repeated in reports; see `Report.token`."""
         self.bus = Bus(config.nats, f"narsil-{role}")
         self.telemetry = Telemetry()
         gauges(self.telemetry.registry, narsil_bus_dropped=("Messages lost at this end", lambda: self.bus.dropped))
@@ -183,9 +185,8 @@ class Runtime:
     def _report(self) -> None:
         process = text(self.telemetry.registry)
         for actor in self.actors:
-            report = Report(
-                actor.kind, actor.name, os.getpid(), actor.state, actor.detail(), text(actor.registry) + process
-            )
+            metrics = text(actor.registry) + process
+            report = Report(actor.kind, actor.name, os.getpid(), actor.state, actor.detail(), metrics, self.token)
             process = ""  # once for each process
             with contextlib.suppress(Refused):
                 self.bus.broadcast(subjects.REPORT, report)

@@ -40,7 +40,7 @@ def test_after_a_mixed_load_every_request_is_counted_once_as_ended(nats_server: 
             return ask_http(port, "POST", INFER, body).status
 
         with ThreadPoolExecutor(48) as threads, Producer(nats_server.url) as producer:
-            good = [threads.submit(post, infer_json(rows.part(at % 8))) for at in range(40)]
+            good = [threads.submit(post, infer_json(rows.part(at % 8))) for at in range(16)]
             bad = [threads.submit(post, body) for body in (b"{", b"", {"inputs": []}) * 5]
             unknown = threads.submit(ask_http, port, "POST", "/v2/models/nobody/infer", infer_json(one))
             assert {f.result() for f in good} == {200}

@@ -1,0 +1,38 @@
+"""What a batcher counts and measures."""
+
+from typing import Any
+
+from prometheus_client import CollectorRegistry, Counter, Histogram
+
+from narsil_stream.actors.scheduling import Scheduler
+from narsil_stream.core.actor import Mailbox
+from narsil_stream.core.telemetry import ROWS, SECONDS, RequestMetrics, gauges
+
+
+class BatcherMetrics:
+    """The batcher's own; the requests' are in `RequestMetrics`."""
+
+    def __init__(self, registry: CollectorRegistry, policy: Scheduler, mailbox: Mailbox[Any]) -> None:
+        self.requests = RequestMetrics(registry)
+        self.batch_rows = Histogram("narsil_batch_rows", "Rows in a batch", buckets=ROWS, registry=registry)
+        self.batch_fill = Histogram(
+            "narsil_batch_fill_ratio", "Rows in a batch, of max_rows", buckets=[i / 10 for i in range(1, 11)],
+            registry=registry,
+        )  # fmt: skip
+        self.queue_wait = Histogram(
+            "narsil_queue_wait_seconds", "From arrival to the cut of the batch", buckets=SECONDS, registry=registry
+        )
+        self.no_answer = Counter("narsil_unanswerable", "Requests without a reply subject that may be used", ["why"],
+                                 registry=registry)  # fmt: skip
+        self.early = Counter("narsil_sent_in_future", "Requests sent later than now, by their clock", registry=registry)
+        self.resent = Counter("narsil_batches_resent", "Batches sent a second time", registry=registry)
+        executors = policy.executors
+        gauges(
+            registry,
+            narsil_queue_rows=("Rows waiting", lambda: policy.rows),
+            narsil_queue_bytes=("Bytes waiting", lambda: policy.bytes),
+            narsil_credits=("Slots in hand", lambda: sum(len(e.free) for e in executors.values())),
+            narsil_in_flight=("Batches sent", lambda: sum(len(e.flights) for e in executors.values())),
+            narsil_executors_alive=("Executors heard of", lambda: len(executors)),
+            narsil_mailbox_peak=("Most messages taken at once", lambda: mailbox.peak),
+        )
