@@ -63,4 +63,4 @@ def test_after_a_mixed_load_every_request_is_counted_once_as_ended(nats_server: 
         until(lambda: all(conserved(outcomes(system, kind)) for kind in ("gateway", "batcher")), "nothing is open")
         for kind in ("gateway", "batcher"):
             assert all(outcomes(system, kind).values()), "the load has every outcome"
-        assert outcomes(system, "gateway")["offered"] == 40 + 15 + 1 + 40 + 1
+        assert outcomes(system, "gateway")["offered"] == 16 + 15 + 1 + 40 + 1
