@@ -415,6 +415,7 @@ class Batcher(Actor[Message]):
                 policy.rows,
                 max(0, min(due, default=now) - now),
                 self._phase,
+                self._config.timing.lease_ms,
             ),
         )
 

@@ -14,6 +14,9 @@ from narsil_stream.core.runtime import Backoff
 
 log = logging.getLogger(__name__)
 
+CANNOT_SUCCEED = 78
+"""Exit status (EX_CONFIG) of an actor that would fail again, e.g. for a damaged model."""
+
 
 @dataclass(eq=False)
 class Child:
@@ -27,6 +30,8 @@ class Child:
     """It is an actor, which takes `--parent TOKEN` and repeats the token in its reports."""
     token: str = ""
     process: asyncio.subprocess.Process | None = None
+    came_up: bool = False
+    """It worked since it was last started, so its next end is no sign that it cannot."""
     restarts: int = 0
     stopping: bool = False
     gave_up: bool = False
@@ -64,10 +69,13 @@ class Child:
             if self.stopping:
                 return
             self.restarts += 1
-            delay = self._backoff.failed(time.monotonic())
+            if self.came_up:
+                self._backoff, self.came_up = Backoff(), False
+            delay = None if code == CANNOT_SUCCEED else self._backoff.failed(time.monotonic())
             if delay is None:
                 self.gave_up = True
-                log.error("%s ended too often (%s): giving up", self.label, ended(code))
+                why = "cannot work" if code == CANNOT_SUCCEED else "ended too often before it worked"
+                log.error("%s %s (it %s): giving up", self.label, why, ended(code))
                 given_up(self)
                 return
             log.warning("%s %s; starting it again in %.1f s", self.label, ended(code), delay)

@@ -186,6 +186,8 @@ class Supervisor:
             mine.pop(report.actor, None)
         else:
             mine[report.actor] = (report, time.monotonic())
+            for child in self.children:
+                child.came_up |= child.token == report.token and report.state == "up"
 
     def _all_reports(self) -> list[Report]:
         alive = {child.token for child in self.children if child.running}
@@ -203,6 +205,8 @@ class Supervisor:
             log.warning("asked twice: killing what is left")
             for child in self.children:
                 child.kill()
+        else:
+            log.info("stopping: what was accepted is answered first; once more kills what is left")
         self._stop.set()
 
     def _given_up(self, child: Child) -> None:

@@ -13,8 +13,8 @@ from narsil_stream.schemas.model import ModelSpec
 class RaggedBatch(Struct, frozen=True, gc=False):
     """Rows of one or many requests, joined. Arrays are C order; they may be read-only views of a message.
 
-    One-hot when `lengths` is None: `ids` holds rows * n_sparse values, batch-major. Otherwise multi-hot: `ids` holds the
-    bags of row 0 table 0, row 0 table 1, ... and `lengths[b, t]` says how many ids belong to row b and table t.
+    One-hot when `lengths` is None: `ids` holds rows * n_sparse values, batch-major. Otherwise multi-hot: `ids` holds
+    the bags of row 0 table 0, row 0 table 1, ... and `lengths[b, t]` says how many ids belong to row b and table t.
     Ids are already checked: 0 <= id < rows of its table.
     """
 
@@ -44,7 +44,7 @@ class BackendInfo(Struct, frozen=True):
 
 
 class Backend(Protocol):
-    """One model on one device. Calls come from one thread at a time; `run` must not keep a reference to its arguments."""
+    """One model on one device. Calls come from one thread at a time; `run` must not keep references to arguments."""
 
     @property
     def spec(self) -> ModelSpec:

@@ -219,6 +219,6 @@ def _torch() -> Any:
         import torch
     except ImportError as error:
         raise TrainError(
-            "training needs torch, which is not installed. Next: `make setup`, or pip install 'narsil-stream[torch]'."
+            "training needs torch, which is not installed here. Next: `make setup`, then use .venv/bin/narsil."
         ) from error
     return torch

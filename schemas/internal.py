@@ -144,6 +144,8 @@ class BatcherBeat(Struct, array_like=True, frozen=True, gc=False, tag=9):
     demand_rows: int = 0
     slack_us: int = 0
     state: str = "up"
+    lease_ms: int = 500
+    """Who hears nothing for this long should take the batcher for dead."""
 
 
 class Report(Struct, array_like=True, frozen=True, gc=False, tag=10):

@@ -1,18 +1,21 @@
 """`narsil broker|gateway|batcher|executor`: one part of the system, against any NATS server."""
 
+import contextlib
 import os
 import sys
-from collections.abc import Awaitable, Callable
+from collections.abc import Awaitable, Callable, Iterator
 from pathlib import Path
 from typing import Any
 
 import rich_click as click
 import uvloop
 
+from narsil_stream.actors.processes import CANNOT_SUCCEED
 from narsil_stream.cli.options import config_options
 from narsil_stream.core import logs
 from narsil_stream.core.config import Config, ExecutorConfig, Loaded
-from narsil_stream.core.ports import PortTaken
+from narsil_stream.core.exposition import MetricsServer
+from narsil_stream.core.ports import PortTaken, free_port
 from narsil_stream.core.runtime import Runtime
 from narsil_stream.schemas.errors import Refused
 
@@ -65,22 +68,22 @@ def gateway(loaded: Loaded, share_port: bool, token: str) -> None:
             await _start_batcher(runtime)
         await _start_gateway(runtime, share_port)
 
-    _run(loaded.config, "inline" if inline else "gateway", start, token)
+    _run(loaded, "inline" if inline else "gateway", start, token)
 
 
 @click.command()
-@config_options("mode", "nats", "batch", "timing")
+@config_options("mode", "nats", "batch", "timing", "metrics")
 @parent
 def batcher(loaded: Loaded, token: str) -> None:
     """Run a batcher: it coalesces requests into batches, by deadline, for the executors.
 
     Example: narsil batcher --nats-url nats://broker:4222
     """
-    _run(loaded.config, "batcher", _start_batcher, token)
+    _run(loaded, "batcher", _start_batcher, token)
 
 
 @click.command()
-@config_options("model", "backend", "nats", "executor", "timing", "batch.max_rows", "data_dir")
+@config_options("model", "backend", "nats", "executor", "timing", "metrics", "batch.max_rows", "data_dir")
 @parent
 def executor(loaded: Loaded, token: str) -> None:
     """Run an executor: it loads a model and computes batches.
@@ -88,7 +91,7 @@ def executor(loaded: Loaded, token: str) -> None:
     Example: narsil executor --nats-url nats://broker:4222 --model models/ctr
     """
     _limit_threads(loaded.config.executor)
-    _run(loaded.config, "executor", _start_executor, token)
+    _run(loaded, "executor", _start_executor, token)
 
 
 async def _start_gateway(runtime: Runtime, share_port: bool) -> None:
@@ -133,20 +136,44 @@ def _limit_threads(executor: ExecutorConfig) -> None:
             os.environ[variable] = str(threads)
 
 
-def _run(config: Config, role: str, start: Start, token: str) -> None:
-    """Run actors until they are told to stop. What keeps them from starting is one message and exit status 1."""
+class Hopeless(click.ClickException):
+    """It would fail again: the supervisor need not try."""
+
+    exit_code = CANNOT_SUCCEED
+
+
+@contextlib.contextmanager
+def metrics_of(runtime: Runtime) -> Iterator[None]:
+    """The metrics port of a part that somebody started by itself and gave `--metrics-port`."""
+    metrics = runtime.config.metrics
+    port = free_port(metrics.host, metrics.port, "metrics.port")
+    server = MetricsServer(metrics.host, port, lambda: runtime.reports, runtime.health)
+    server.start()
+    try:
+        yield
+    finally:
+        server.stop()
+
+
+def _run(loaded: Loaded, role: str, start: Start, token: str) -> None:
+    """Run actors until they are told to stop. What keeps them from starting is one message and an exit status."""
+    config = loaded.config
     logs.setup(config.log_level, config.log_format, role)
+    own_metrics = not token and loaded.source("metrics.port") != "default"
 
     async def life() -> int:
         async with Runtime(config, role, token) as runtime:
             await start(runtime)
-            return await runtime.until_stopped(watch_stdin=bool(token))
+            with metrics_of(runtime) if own_metrics else contextlib.nullcontext():
+                return await runtime.until_stopped(watch_stdin=bool(token))
 
     from narsil_stream.kernels.artifact import ArtifactError
 
     try:
         code = uvloop.run(life())
-    except (PortTaken, ArtifactError) as error:
+    except ArtifactError as error:
+        raise Hopeless(str(error)) from None
+    except PortTaken as error:
         raise click.ClickException(str(error)) from None
     except Refused as refused:
         raise click.ClickException(refused.detail) from None

@@ -2,6 +2,7 @@
 
 import json
 import os
+import shlex
 import shutil
 import sys
 from pathlib import Path
@@ -14,7 +15,8 @@ from msgspec.structs import replace
 from narsil_stream.cli.options import config_options
 from narsil_stream.core import logs
 from narsil_stream.core.config import Config, Loaded
-from narsil_stream.core.ports import PortTaken
+from narsil_stream.core.config.settings import settings, without_login
+from narsil_stream.core.ports import PortTaken, address
 from narsil_stream.schemas import subjects
 from narsil_stream.schemas.internal import ModelCard
 
@@ -66,25 +68,45 @@ def show(supervisor: "Supervisor", cards: list[ModelCard]) -> None:
         compute = f"{card.backend} backend, {card.precision}, on {card.device}"
         table.add_row("model", escape(f"{spec.name} version {spec.version}: {inputs}"), escape(compute))
         table.add_row("subject", subjects.infer(spec.name), "any NATS client may publish here")
-    table.add_row("metrics", f"http://{config.metrics.host}:{config.metrics.port}/metrics", "health at /health")
+    table.add_row("metrics", escape(f"http://{address(config.metrics.host, config.metrics.port)}/metrics"), "health at /health")
     console.print(table)
     if cards:
         console.print("\nTry, from another terminal:\n")
+        if variables := login_variables(config):
+            there = "The broker wants a login: in that terminal, first set"
+            console.print(f"{there} {', '.join(variables)} to what they are here.\n", highlight=False)
         for command in examples(config, cards[0]):
-            console.print(command + "\n", highlight=False, markup=False)
+            console.print(command + "\n", highlight=False, markup=False, emoji=False)
     console.print("Ctrl-C stops it: what was accepted is answered first.")
 
 
+LOGIN = ("user", "password", "token", "nkey_seed_file", "creds_file", "tls_ca", "tls_cert", "tls_key")
+"""Settings of `nats` that every client of the broker needs as well."""
+
+
+def login_variables(config: Config) -> list[str]:
+    """The variables that a client needs to be let in: no command shows what is in them."""
+    keys = [f"nats.{name}" for name in LOGIN if getattr(config.nats, name)]
+    if _login_in_url(config):
+        keys.append("nats.url")
+    return [settings()[key].variable for key in keys]
+
+
+def _login_in_url(config: Config) -> bool:
+    return without_login(config.nats.url) != config.nats.url
+
+
 def examples(config: Config, card: ModelCard) -> list[str]:
-    """Three ways to ask for one row's score, to copy into a shell."""
+    """Three ways to ask for one row's score, to copy into any shell; see `login_variables`."""
     body, name = example_request(card), card.spec.name
-    url = config.nats.url or f"nats://{config.nats.host}:{config.nats.port}"
-    narsil = _from_here(Path(sys.executable).parent / "narsil")
-    flag = "" if url == "nats://127.0.0.1:4222" else f" --nats-url {url}"
+    url = config.nats.url or f"nats://{address(config.nats.host, config.nats.port)}"
+    known = _login_in_url(config) or url == "nats://127.0.0.1:4222"
+    flag = "" if known else f" --nats-url {shlex.quote(url)}"
+    http = shlex.quote(f"http://{address(config.http.host, config.http.port)}/v2/models/{name}/infer")
     return [
-        f"curl -s http://{config.http.host}:{config.http.port}/v2/models/{name}/infer -d '{body}'",
-        f"{narsil} request{flag} --model {name} - <<< '{body}'",
-        _raw_nats(url, subjects.infer(name), body),
+        f"curl -s {http} -d '{body}'",
+        f"printf '%s' '{body}' | {_narsil()} request{flag} --model {name}",
+        _raw_nats(config, url, subjects.infer(name), body),
     ]
 
 
@@ -100,22 +122,62 @@ def example_request(card: ModelCard) -> str:
     return json.dumps({"inputs": inputs}, separators=(",", ":"))
 
 
-def _raw_nats(url: str, subject: str, body: str) -> str:
-    """With NATS's own command line if it is installed, else with nats-py, which is."""
-    if shutil.which("nats"):
-        return f"nats --server {url} req {subject} '{body}'"
-    python = _from_here(Path(sys.executable))
-    return f"""{python} - <<'END'
-import asyncio, nats
-async def main():
-    async with await nats.connect("{url}") as nc:
-        answer = await nc.request("{subject}", b'{body}')
-        print(answer.data.decode())
-asyncio.run(main())
-END"""
+def _raw_nats(config: Config, url: str, subject: str, body: str) -> str:
+    """With NATS's own command line if it is installed and needs no login, else with nats-py, which is."""
+    variables = login_variables(config)
+    if shutil.which("nats") and not variables:
+        return f"nats --server {shlex.quote(url)} req {subject} '{body}'"
+    servers = json.dumps([one.strip() for one in url.split(",")])
+    if _login_in_url(config):
+        servers = 'os.environ["NARSIL_NATS_URL"].split(",")'
+    lines = [
+        "import asyncio, nats, os, ssl" if variables else "import asyncio, nats",
+        *_tls(config),
+        "async def main():",
+        f"    async with await nats.connect({', '.join([servers, *_login(config)])}) as nc:",
+        f"""        answer = await nc.request("{subject}", b'{body}')""",
+        "        print(answer.data.decode())",
+        "asyncio.run(main())",
+    ]
+    return "\n".join([f"{_python()} - <<'END'", *lines, "END"])
+
+
+def _tls(config: Config) -> list[str]:
+    """Lines of Python that make the variable `tls`."""
+    nats, lines = config.nats, []
+    if nats.tls_ca or nats.tls_cert:
+        authorities = 'cafile=os.environ["NARSIL_NATS_TLS_CA"]' if nats.tls_ca else ""
+        lines.append(f"tls = ssl.create_default_context({authorities})")
+    if nats.tls_cert:
+        lines.append('tls.load_cert_chain(os.environ["NARSIL_NATS_TLS_CERT"], os.environ["NARSIL_NATS_TLS_KEY"])')
+    return lines
+
+
+def _login(config: Config) -> list[str]:
+    """Arguments of nats-py."""
+    names = {
+        "user": "user",
+        "password": "password",
+        "token": "token",
+        "nkey_seed_file": "nkeys_seed",
+        "creds_file": "user_credentials",
+    }
+    given = {name: argument for name, argument in names.items() if getattr(config.nats, name)}
+    login = [f'{argument}=os.environ["{settings()[f"nats.{name}"].variable}"]' for name, argument in given.items()]
+    return [*login, "tls=tls"] if _tls(config) else login
+
+
+def _narsil() -> str:
+    beside = Path(sys.executable).parent / "narsil"
+    return _from_here(beside) if beside.exists() else f"{_python()} -m narsil_stream"
+
+
+def _python() -> str:
+    return _from_here(Path(sys.executable))
 
 
 def _from_here(path: Path) -> str:
     """As one would type it in this folder."""
     relative = os.path.relpath(path)
-    return str(path) if relative.startswith("..") else relative
+    near = relative if os.sep in relative else os.path.join(os.curdir, relative)  # noqa: PTH118 Path drops the dot
+    return shlex.quote(str(path) if relative.startswith("..") else near)

@@ -11,7 +11,7 @@ import logging
 import secrets
 from collections import defaultdict
 from dataclasses import dataclass, field
-from heapq import heappop, heappush
+from heapq import heapify, heappop, heappush
 
 import msgspec
 
@@ -61,6 +61,7 @@ class Peer:
     models: tuple[ModelRef, ...] = ()
     up: bool = True
     wait_us: int = 0
+    lease_us: int = 500_000
     open: set[int] = field(default_factory=set)
 
     def serves(self, model: str, version: str) -> bool:
@@ -73,7 +74,6 @@ class Requester:
     def __init__(self, config: Config, bus: Bus) -> None:
         self._bus = bus
         self._limits = config.batch
-        self._lease_us = config.timing.lease_ms * 1_000
         self._check_every = config.timing.beat_ms / 1e3
         self._inbox = f"{subjects.INBOX}.{secrets.token_hex(8)}"
         self._peers: dict[str, Peer] = {}
@@ -269,6 +269,9 @@ class Requester:
 
     def _watch(self, pending: Pending) -> None:
         heappush(self._deadlines, (pending.deadline_us + GRACE_US, pending.slot))
+        if len(self._deadlines) > 2 * len(self._pending) + 64:  # most of them were answered long before
+            self._deadlines = [entry for entry in self._deadlines if entry[1] in self._pending]
+            heapify(self._deadlines)
         if self._timer is None or self._deadlines[0][1] == pending.slot:
             self._set_timer()
 
@@ -301,19 +304,18 @@ class Requester:
         if peer is None:
             peer = self._peers[beat.batcher] = Peer(beat.batcher, now_us())
         peer.seen_us, peer.models, peer.wait_us = now_us(), beat.models, beat.wait_us
-        peer.up = beat.state == "up"
+        peer.up, peer.lease_us = beat.state == "up", beat.lease_ms * 1_000
         self._seen.set()
 
     def _check_peers(self) -> None:
         now = now_us()
         pause_us, self._checked_us = now - self._checked_us, now
-        oldest = now - self._lease_us
-        if pause_us > self._lease_us // 2:  # we stood still ourselves: beats that came meanwhile are not read yet
-            for peer in self._peers.values():
-                peer.seen_us = max(peer.seen_us, now - self._lease_us // 2)
-        for peer in [p for p in self._peers.values() if p.seen_us < oldest]:
-            log.warning("%s was silent for too long", peer.id)
-            self._lose(peer.id)
+        for peer in list(self._peers.values()):
+            if pause_us > peer.lease_us // 2:  # we stood still ourselves: beats that came meanwhile are not read yet
+                peer.seen_us = max(peer.seen_us, now - peer.lease_us // 2)
+            if peer.seen_us < now - peer.lease_us:
+                log.warning("%s was silent for too long", peer.id)
+                self._lose(peer.id)
         self._checks = asyncio.get_running_loop().call_later(self._check_every, self._check_peers)
 
     def _lose(self, batcher: str) -> None:

@@ -17,7 +17,6 @@ from narsil_stream.core.config import Config
 from narsil_stream.core.service import ServiceApi
 from narsil_stream.core.telemetry import Telemetry, gauges, settle_gc, text
 from narsil_stream.schemas import subjects
-from narsil_stream.schemas.errors import Refused
 from narsil_stream.schemas.internal import Report
 
 log = logging.getLogger(__name__)
@@ -50,6 +49,8 @@ class Runtime:
         self.role = role
         self.token = token
         """Repeated in reports; see `Report.token`."""
+        self.reports: list[Report] = []
+        """The newest of each actor; replaced as a whole, so that other threads may read it."""
         self.bus = Bus(config.nats, f"narsil-{role}")
         self.telemetry = Telemetry()
         gauges(self.telemetry.registry, narsil_bus_dropped=("Messages lost at this end", lambda: self.bus.dropped))
@@ -182,14 +183,23 @@ class Runtime:
             with contextlib.suppress(TimeoutError):
                 await asyncio.wait_for(self._stop.wait(), REPORT_EVERY)
 
+    def health(self) -> dict[str, Any]:
+        """As `narsil serve` says it of all processes, for this one."""
+        rows = [{"kind": r.kind, "actor": r.actor, "state": r.state, "detail": r.detail} for r in self.reports]
+        return {"healthy": bool(rows) and all(row["state"] == "up" for row in rows), "actors": rows}
+
     def _report(self) -> None:
         process = text(self.telemetry.registry)
+        reports = []
         for actor in self.actors:
             metrics = text(actor.registry) + process
-            report = Report(actor.kind, actor.name, os.getpid(), actor.state, actor.detail(), metrics, self.token)
             process = ""  # once for each process
-            with contextlib.suppress(Refused):
-                self.bus.broadcast(subjects.REPORT, report)
+            reports.append(
+                Report(actor.kind, actor.name, os.getpid(), actor.state, actor.detail(), metrics, self.token)
+            )
+        self.reports = reports
+        for report in reports:
+            self.bus.broadcast(subjects.REPORT, report)
 
     def _on_stdin(self) -> None:
         if not os.read(sys.stdin.fileno(), 4096):

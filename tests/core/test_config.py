@@ -150,7 +150,7 @@ def test_a_service_address_in_place_of_a_port_is_explained():
 @pytest.mark.parametrize(
     ("flags", "told"),
     [
-        ({"timing.lease_ms": 200}, "longer than two heartbeats"),
+        ({"timing.lease_ms": 200}, "at least four heartbeats long"),
         ({"batch.queue_rows": 100}, "at least one full batch"),
         ({"batch.max_budget_us": 1000}, "default budget"),
         ({"batch.linger_us": 500_000, "batch.default_budget_us": 500_000}, "a linger must be shorter"),

@@ -106,7 +106,7 @@ class NatsConfig(Struct, frozen=True, forbid_unknown_fields=True):
         str,
         Meta(
             description="Broker to connect to, as nats://, tls://, ws:// or wss://host:port; several members of one "
-            'cluster are separated by commas. "": start a broker of our own.'
+            'cluster are separated by commas. "": `narsil serve` starts one, others use nats.host and nats.port.'
         ),
     ] = ""
     host: Annotated[Host, Meta(description="Address that our own broker listens on. 127.0.0.1: this machine only.")] = (
