@@ -44,6 +44,8 @@ log = logging.getLogger(__name__)
 DEFAULT_PRIORITY = 128
 BATCH_HEADER = 1_024
 """Bytes of a batch message beside its rows."""
+JSON_BYTES = 4 << 20
+"""Of one request: reading it must not hold up the event loop for as long as a failover takes."""
 MAILBOX = 65_536
 
 _decode = msgspec.msgpack.Decoder(ToBatcher).decode
@@ -256,6 +258,11 @@ class Batcher(Actor[Message]):
     def _admit_published(self, message: Published) -> None:
         model, _, version = message.subject.removeprefix(f"{subjects.INFER}.").partition(".")
         caller = Caller(message.reply, -1, "", codec.spelling_of(message.payload))
+        if caller.spelling is codec.Spelling.JSON and len(message.payload) > JSON_BYTES:
+            self._metrics.requests.offered.inc()
+            detail = f"{len(message.payload)} bytes of JSON; expected at most {JSON_BYTES}, or msgpack"
+            self._refuse(caller, Refused(Fault.TOO_LARGE, detail))
+            return
         self._admit(caller, model, version, lambda: codec.decode_request(message.payload), len(message.payload))
 
     def _admit(self, caller: Caller, model: str, version: str, read: Callable[[], InferRequest], held: int) -> None:

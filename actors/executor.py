@@ -20,6 +20,7 @@ from narsil_stream.core.actor import Actor, now_us
 from narsil_stream.core.bus import Bus
 from narsil_stream.core.config import Config
 from narsil_stream.core.telemetry import ROWS, SECONDS, gauges
+from narsil_stream.kernels.artifact import ArtifactError
 from narsil_stream.kernels.backend import Backend, RaggedBatch
 from narsil_stream.schemas import subjects
 from narsil_stream.schemas.errors import Fault, Refused
@@ -67,9 +68,11 @@ def digest(artifact: Path) -> str:
 
 def load(artifact: Path, loader: Callable[[Path], Backend]) -> Loaded:
     """Load an artifact with a family's loader. Raises `ArtifactError`."""
-    backend = loader(artifact)
-    spec, info = backend.spec, backend.info
     of = digest(artifact)
+    backend = loader(artifact)
+    if digest(artifact) != of:
+        raise ArtifactError(str(artifact), "other files than at the start", "an artifact at rest", "load it again")
+    spec, info = backend.spec, backend.info
     card = ModelCard(of, spec, info.name, info.device, info.precision)
     return Loaded(ModelRef(spec.name, spec.version, of), card, backend)
 

@@ -30,6 +30,8 @@ Headers = list[tuple[str, str]]
 JSON = ("content-type", "application/json")
 PARALLEL = 8_192
 """Requests that one gateway process works on at a time; more wait in their sockets."""
+COMING_BYTES = 512 << 20
+"""Bytes of bodies that one gateway process reads at the same time. A body of unknown length counts as the largest."""
 
 
 WATCH_AFTER_S = 0.01
@@ -95,6 +97,7 @@ class HttpGateway(Actor[None]):
         self._serving: asyncio.Task[None] | None = None
         self._server: Server | None = None
         self._open = 0
+        self._coming_bytes = 0
         self._closed = asyncio.Event()
         self._closing = False
         self.port = config.http.port
@@ -262,6 +265,10 @@ class HttpGateway(Actor[None]):
         declared = scope.headers.get("content-length", "")
         if declared.isdigit() and int(declared) > limit:
             raise Refused(Fault.TOO_LARGE, f"a body of {declared} bytes; expected at most {limit}")
+        coming = int(declared) if declared.isdigit() else limit
+        if self._coming_bytes + coming > max(COMING_BYTES, limit):
+            raise Refused(Fault.OVERLOADED, "too many large bodies are coming in at once", 100_000)
+        self._coming_bytes += coming
         try:
             async with asyncio.timeout(self._config.http.body_timeout_ms / 1e3):
                 if declared.isdigit():
@@ -276,6 +283,8 @@ class HttpGateway(Actor[None]):
             wait = self._config.http.body_timeout_ms
             detail = f"the body did not come within {wait} ms"
             raise Problem(HTTPStatus.REQUEST_TIMEOUT, detail, ("connection", "close")) from None
+        finally:
+            self._coming_bytes -= coming
 
     # Everything else
 

@@ -41,29 +41,30 @@ class Fault(enum.Enum):
         return self.value.retry
 
 
+DETAIL_CHARS = 500
+
+
 class Refused(Exception):
     """A request that gets an error for an answer. The only exception that crosses the house's inner borders.
 
-    `detail` is written for the caller: what was wrong, where, and what was expected. It never names internals.
+    `detail` is written for the caller: what was wrong, where, and what was expected. It never names internals. What it
+    quotes of the caller's is cut and made printable here, since details end up in message headers and logs.
     `retry_after_us` is a hint in microseconds, 0 when there is none.
     """
 
     def __init__(self, fault: Fault, detail: str, retry_after_us: int = 0) -> None:
+        if not detail.isprintable():
+            detail = detail.encode("unicode_escape").decode()
+        if len(detail) > DETAIL_CHARS:
+            detail = f"{detail[:DETAIL_CHARS]}..."
         super().__init__(f"{fault.name}: {detail}")
         self.fault = fault
         self.detail = detail
         self.retry_after_us = retry_after_us
 
 
-DETAIL_CHARS = 500
-
-
 def invalid(detail: str) -> Refused:
-    """INVALID_ARGUMENT. `detail` may quote what the caller sent: it is cut and made printable, since it ends up in
-    message headers and logs."""
-    if not detail.isprintable():
-        detail = detail.encode("unicode_escape").decode()
-    return Refused(Fault.INVALID_ARGUMENT, detail if len(detail) <= DETAIL_CHARS else f"{detail[:DETAIL_CHARS]}...")
+    return Refused(Fault.INVALID_ARGUMENT, detail)
 
 
 def named(name: str) -> Fault:
