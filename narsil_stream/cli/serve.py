@@ -68,7 +68,9 @@ def show(supervisor: "Supervisor", cards: list[ModelCard]) -> None:
         compute = f"{card.backend} backend, {card.precision}, on {card.device}"
         table.add_row("model", escape(f"{spec.name} version {spec.version}: {inputs}"), escape(compute))
         table.add_row("subject", subjects.infer(spec.name), "any NATS client may publish here")
-    table.add_row("metrics", escape(f"http://{address(config.metrics.host, config.metrics.port)}/metrics"), "health at /health")
+    table.add_row(
+        "metrics", escape(f"http://{address(config.metrics.host, config.metrics.port)}/metrics"), "health at /health"
+    )
     console.print(table)
     if cards:
         console.print("\nTry, from another terminal:\n")
