@@ -9,7 +9,6 @@ import logging
 import ssl
 from collections import deque
 from collections.abc import Callable
-from pathlib import Path
 from typing import Any, NamedTuple
 
 import msgspec
@@ -20,6 +19,7 @@ from nats.aio.msg import Msg
 from nats.aio.subscription import Subscription
 
 from narsil_stream.core.config import NatsConfig
+from narsil_stream.core.config.rules import FILES, unreadable
 from narsil_stream.core.config.settings import without_login
 from narsil_stream.core.parser import Parser
 from narsil_stream.core.ports import address
@@ -68,11 +68,20 @@ class Bus:
         self._dropped = 0
 
     async def connect(self, timeout: float = 10.0) -> None:
-        """Connect, trying for `timeout` seconds. Raises `Refused` UNAVAILABLE or UNAUTHENTICATED, with the reason."""
+        """Connect, trying for `timeout` seconds. Raises `Refused`, with the reason.
+
+        UNAVAILABLE, UNAUTHENTICATED, or INVALID_ARGUMENT for a file of the login that cannot be used.
+        """
+        options = self._options()
         try:
-            await asyncio.wait_for(self._nats.connect(**self._options()), timeout)
+            await asyncio.wait_for(self._nats.connect(**options), timeout)
         except PROTOCOL_ERRORS as error:
             raise self._unconnected(self._nats.last_error or error) from None
+        except Exception as error:  # nats-py lets through whatever the reading of a seed raises
+            if not (seed := self._config.nkey_seed_file or self._config.creds_file):
+                raise
+            key = "nats.nkey_seed_file" if self._config.nkey_seed_file else "nats.creds_file"
+            raise _unusable(key, seed, error) from None
         self._sender = asyncio.create_task(self._send_all(), name="bus sender")
 
     @property
@@ -269,10 +278,20 @@ class Bus:
         reason = str(error) or type(error).__name__
         if any(word in reason.lower() for word in ("authorization", "authentication")):
             return Refused(Fault.UNAUTHENTICATED, f"the NATS server at {self.where} refuses this login: {reason}")
+        if self._nats._server_info.get("tls_verify") and not self._config.tls_cert:
+            detail = f"the NATS server at {self.where} wants to see a certificate (nats.tls_cert, nats.tls_key)"
+            return Refused(Fault.UNAUTHENTICATED, f"{detail}: {reason}")
+        if isinstance(error, ssl.SSLError):
+            return Refused(Fault.UNAVAILABLE, f"no TLS with the NATS server at {self.where}: {reason}")
         return Refused(Fault.UNAVAILABLE, f"no NATS server at {self.where}: {reason}")
 
     def _options(self) -> dict[str, Any]:
+        """For nats-py. Raises `Refused` INVALID_ARGUMENT."""
         config = self._config
+        for key in FILES:
+            path = getattr(config, key.removeprefix("nats."))
+            if path and (reason := unreadable(path)):
+                raise _unusable(key, path, reason)
         options: dict[str, Any] = {
             "servers": [url.strip() for url in self._address.split(",")],
             "name": self._name,
@@ -305,9 +324,17 @@ class Bus:
         config = self._config
         if not (config.tls_ca or config.tls_cert):
             return None
-        context = ssl.create_default_context(cafile=str(Path(config.tls_ca)) if config.tls_ca else None)
+        try:
+            context = ssl.create_default_context(cafile=config.tls_ca or None)
+        except ssl.SSLError as error:
+            raise _unusable("nats.tls_ca", config.tls_ca, error) from None
         if config.tls_cert:
-            context.load_cert_chain(config.tls_cert, config.tls_key or None)
+            try:
+                context.load_cert_chain(config.tls_cert, config.tls_key or None, password="")
+            except (ssl.SSLError, ValueError) as error:
+                raise _unusable(
+                    "nats.tls_cert", f"{config.tls_cert} with nats.tls_key {config.tls_key}", error
+                ) from None
         return context
 
     async def _on_error(self, error: Exception) -> None:
@@ -337,3 +364,8 @@ class Bus:
     async def _on_lame_duck(self) -> None:
         log.info("the broker is going away: moving to another server")
         await self._nats.force_reconnect()
+
+
+def _unusable(key: str, path: str, reason: object) -> Refused:
+    """A file of the login is missing, or holds something else."""
+    return Refused(Fault.INVALID_ARGUMENT, f"{key} {path} cannot be used: {reason}")
