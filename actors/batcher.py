@@ -107,7 +107,7 @@ class Batcher(Actor[Message]):
         await self._bus.subscribe(subjects.HELLO, lambda _: self.mailbox.put_urgent(Hello()), owner=self)
         await self._bus.respond(subjects.describe(self.name), self._catalogue.described, owner=self)
         await self._bus.flush()
-        self._bus.publish(subjects.HELLO, b"")
+        self._bus.signal(subjects.HELLO)
         self._bus.on_lost.append(self._on_lost)
         self._joining = asyncio.create_task(self._join_public(), name=f"{self.name} joins")
 
@@ -239,8 +239,7 @@ class Batcher(Actor[Message]):
 
     def _ask_for_beats(self) -> None:
         """What was just described is served from the next beat of its executor on."""
-        with contextlib.suppress(Refused):
-            self._bus.publish(subjects.HELLO, b"")
+        self._bus.signal(subjects.HELLO)
 
     def _forget_askers(self) -> None:
         for (reply, slot), ticket in list(self._open.items()):

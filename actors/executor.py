@@ -124,7 +124,7 @@ class Executor(Actor[Message]):
         await self._bus.subscribe(subjects.HELLO, lambda _: self.mailbox.put_urgent(Hello()), owner=self)
         await self._bus.respond(subjects.describe(self.name), self._describe, owner=self)
         await self._bus.flush()
-        self._bus.publish(subjects.HELLO, b"")
+        self._bus.signal(subjects.HELLO)
 
     def _load(self) -> list[Loaded]:
         models = self._load_models()

@@ -5,10 +5,11 @@ live connection, never delivered: only an answer says that.
 """
 
 import asyncio
+import contextlib
 import logging
 import ssl
 from collections import deque
-from collections.abc import Callable
+from collections.abc import Callable, Coroutine
 from typing import Any, NamedTuple
 
 import msgspec
@@ -31,6 +32,8 @@ OUTBOX_BYTES = 64 << 20
 """Bytes that may wait for the socket; more is refused. Below the server's own limit for a slow connection."""
 HEADER_ROOM = 512
 """Of max_payload: the server counts headers too, and cuts the connection of who exceeds it."""
+GOODBYE_S = 1.0
+"""What a broker that does not answer may take of an end."""
 PROTOCOL_ERRORS = (OSError, nats.errors.Error, asyncio.TimeoutError)
 
 _encode = msgspec.msgpack.Encoder().encode
@@ -95,7 +98,7 @@ class Bus:
 
     @property
     def connected(self) -> bool:
-        return bool(self._nats.is_connected)
+        return bool(self._nats.is_connected) and not self._closing
 
     @property
     def max_payload(self) -> int:
@@ -124,11 +127,19 @@ class Bus:
         for handler in self._local.get(subject, ()):
             handler(message)
         if self.connected:
-            try:
-                self.publish(subject, _encode(message))
-            except Refused as refused:
-                self._dropped += 1
-                log.warning("a message on %s was not sent: %s", subject, refused.detail)
+            self._spread(subject, _encode(message))
+
+    def signal(self, subject: str) -> None:
+        """An empty message to all who listen elsewhere. Raises nothing, and is nothing without a broker."""
+        if self.connected:
+            self._spread(subject, b"")
+
+    def _spread(self, subject: str, payload: bytes) -> None:
+        try:
+            self.publish(subject, payload)
+        except Refused as refused:
+            self._dropped += 1
+            log.warning("a message on %s was not sent: %s", subject, refused.detail)
 
     def publish(self, subject: str, payload: bytes, reply: str = "", headers: dict[str, str] | None = None) -> None:
         """Queue raw bytes. Raises `Refused`: UNAVAILABLE when disconnected, TOO_LARGE, OVERLOADED."""
@@ -217,14 +228,20 @@ class Bus:
         else:
             self._local.pop(subject, None)
         for one in heard:
-            if one.owner is owner and self.connected:
+            if one.owner is owner:
                 await self._leave(subject, one.subscription)
 
     async def _leave(self, subject: str, subscription: Subscription) -> None:
         try:
-            await asyncio.wait_for(subscription.drain(), 1.0)
+            if self.connected:
+                await _at_most(GOODBYE_S, subscription.drain())
         except PROTOCOL_ERRORS:
             log.info("left %s without a goodbye: the broker does not answer", subject)
+        finally:  # or it would be subscribed to again with the next connection
+            self._nats._remove_sub(subscription._id)
+            with contextlib.suppress(TimeoutError):
+                await _at_most(GOODBYE_S, subscription._pending_queue.join())
+            subscription._stop_processing()
 
     async def request(self, subject: str, payload: bytes = b"", timeout: float = 1.0) -> bytes:
         """One question, one answer. Raises `Refused(UNAVAILABLE)`."""
@@ -251,15 +268,35 @@ class Bus:
     async def close(self) -> None:
         if self._sender is None:
             return  # never connected
-        self._sender.cancel()
-        await asyncio.gather(self._sender, return_exceptions=True)
-        self._outbox.clear()
         self._closing = True
-        await self._nats.close()
+        self._outbox.clear()
+        self._outbox_bytes = 0
+        self._filled.set()
+        self._sender.cancel()  # which nats-py may swallow: then the loop ends by `_closing`
+        await asyncio.wait((self._sender,), timeout=GOODBYE_S)
+        try:
+            if self._nats.is_connected:
+                await _at_most(GOODBYE_S, self._nats.flush(1))
+        except PROTOCOL_ERRORS:
+            log.info("closing at once: the broker does not answer")
+            self._abort()
+        try:
+            await _at_most(GOODBYE_S, self._nats.close())
+        except PROTOCOL_ERRORS as error:
+            log.info("the connection did not close cleanly: %r", error)
+            self._abort()
+
+    def _abort(self) -> None:
+        """Cut the connection: nats-py waits without end until what it has written is taken."""
+        self._nats._pending = []
+        self._nats._pending_data_size = 0
+        writer = getattr(self._nats._transport, "_io_writer", None)  # none: over a WebSocket
+        if writer is not None:
+            writer.transport.abort()
 
     async def _send_all(self) -> None:
         """The only one who publishes: in order, and nothing into a broken connection's buffer."""
-        while True:
+        while not self._closing:
             await self._filled.wait()
             self._filled.clear()
             while self._outbox:
@@ -364,6 +401,19 @@ class Bus:
     async def _on_lame_duck(self) -> None:
         log.info("the broker is going away: moving to another server")
         await self._nats.force_reconnect()
+
+
+async def _at_most(seconds: float, work: Coroutine[Any, Any, None]) -> None:
+    """As `asyncio.wait_for`, but it does not wait for the end of what does not let itself be cancelled."""
+    task = asyncio.create_task(work)
+    task.add_done_callback(lambda ended: ended.cancelled() or ended.exception())  # somebody has looked
+    try:
+        await asyncio.wait((task,), timeout=seconds)
+        if not task.done():
+            raise TimeoutError
+        task.result()
+    finally:
+        task.cancel()
 
 
 def _unusable(key: str, path: str, reason: object) -> Refused:

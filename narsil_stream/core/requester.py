@@ -344,10 +344,7 @@ class Requester:
                     self._fail(pending, Refused(Fault.UNAVAILABLE, "the broker was lost", 500_000))
 
     def _say_hello(self) -> None:
-        try:
-            self._bus.publish(subjects.HELLO, b"")
-        except Refused:
-            log.debug("no hello: the broker is gone again")
+        self._bus.signal(subjects.HELLO)
 
     async def _described(self, peer: Peer, ref: ModelRef) -> ModelCard:
         card = self._cards.get(ref.digest)

@@ -7,6 +7,7 @@ from contextlib import asynccontextmanager
 import msgspec
 import pytest
 import uvloop
+from nats.aio.msg import Msg
 
 from narsil_stream.core.bus import HEADER_ROOM, OUTBOX_BYTES, Bus
 from narsil_stream.core.config import NatsConfig
@@ -209,5 +210,94 @@ def test_no_broker_is_said_with_its_address_and_in_time() -> None:
             await bus.connect(0.5)
         assert told.value.fault is Fault.UNAVAILABLE
         await bus.close()
+
+    run(scene)
+
+
+def test_a_frozen_broker_does_not_keep_a_process_from_ending(nats_server: NatsServer) -> None:
+    """Its supervisor would have to kill it, and what is done after the connection would be left undone."""
+
+    async def scene() -> None:
+        bus = Bus(NatsConfig(url=nats_server.url), "test")
+        await bus.connect()
+        await bus.subscribe("test.flood", lambda m: None)
+        nats_server.pause()
+        try:
+            for _ in range(20):
+                bus.publish("test.flood", bytes(bus.max_payload))
+            await until(lambda: bus._nats.pending_data_size > 0)
+            async with asyncio.timeout(5):
+                await bus.close()
+            await until(lambda: asyncio.all_tasks() == {asyncio.current_task()})
+        finally:
+            nats_server.resume()
+
+    run(scene)
+
+
+def test_leaving_a_subject_of_a_frozen_broker_is_bounded(nats_server: NatsServer) -> None:
+    """nats-py swallows the cancellation of what waits for its buffer."""
+
+    async def scene() -> None:
+        async with buses(nats_server.url, 1) as (bus,):
+            await bus.subscribe("test.left", lambda m: None)
+            nats_server.pause()
+            try:
+                for _ in range(20):
+                    bus.publish("test.flood", bytes(bus.max_payload))
+                await until(lambda: bus._nats.pending_data_size > 0)
+                async with asyncio.timeout(4):
+                    await bus.unsubscribe("test.left")
+            finally:
+                nats_server.resume()
+
+    run(scene)
+
+
+@pytest.mark.parametrize("lost", [True, False])
+def test_a_subject_that_was_left_without_a_broker_is_not_heard_again(nats_server: NatsServer, lost: bool) -> None:
+    """The next connection takes up all subscriptions: an actor that is gone would take a share of the requests."""
+
+    async def scene() -> None:
+        async with buses(nats_server.url, 2) as (one, other):
+            left: list[Msg] = []
+            kept: list[Msg] = []
+            await other.subscribe("test.left", left.append)
+            await other.subscribe("test.kept", kept.append)
+            await other.flush()
+            if lost:
+                nats_server.kill()
+                await until(lambda: not other.connected)
+                await other.unsubscribe("test.left")
+            else:
+                nats_server.pause()
+                await other.unsubscribe("test.left")
+                nats_server.kill()
+                await until(lambda: not other.connected)
+            nats_server.start()
+            await until(lambda: one.connected and other.connected)
+            await other.flush()
+            one.publish("test.left", b"")
+            one.publish("test.kept", b"")
+            await until(lambda: kept)
+            assert not left
+
+    run(scene)
+
+
+def test_a_signal_reaches_those_elsewhere_and_is_nothing_without_a_broker(nats_server: NatsServer) -> None:
+    """An actor that starts again while the broker is away must not fail for its greeting."""
+
+    async def scene() -> None:
+        async with buses(nats_server.url, 2) as (one, other):
+            heard: list[bytes] = []
+            await other.subscribe("test.signal", lambda m: heard.append(m.data))
+            await other.flush()
+            one.signal("test.signal")
+            await until(lambda: heard == [b""])
+            nats_server.kill()
+            await until(lambda: not one.connected)
+            one.signal("test.signal")
+            assert one.dropped == 0
 
     run(scene)
