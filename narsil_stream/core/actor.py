@@ -5,7 +5,7 @@ import secrets
 import time
 from abc import ABC, abstractmethod
 from collections import deque
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import ClassVar, Generic, TypeVar
 
 from nats.micro.service import EndpointStats
@@ -35,6 +35,8 @@ class Mailbox(Generic[M]):
     def __init__(self, capacity: int) -> None:
         self._capacity = capacity
         self._waiting: deque[M] = deque()
+        self.pop: Callable[[], M] = self._waiting.popleft
+        """The next one."""
         self._filled = asyncio.Event()
         self._timer: asyncio.TimerHandle | None = None
         self.peak = 0
@@ -65,16 +67,18 @@ class Mailbox(Generic[M]):
 
     def leftovers(self) -> Sequence[M]:
         """What nobody will take any more, at the end."""
-        taken, self._waiting = self._waiting, deque()
-        return taken
+        left = list(self._waiting)
+        self._waiting.clear()
+        return left
 
-    async def take(self) -> Sequence[M]:
-        """All that wait, once there is one or the time has come."""
+    async def filled(self) -> int:
+        """How many wait, once there is one or the time has come."""
+        if self._filled.is_set():  # by this turn itself: the others of this event loop have theirs first
+            await asyncio.sleep(0)
         await self._filled.wait()
         self._filled.clear()
         self.peak = max(self.peak, len(self._waiting))
-        taken, self._waiting = self._waiting, deque()
-        return taken
+        return len(self._waiting)
 
 
 class Actor(ABC, Generic[M]):
@@ -119,9 +123,13 @@ class Actor(ABC, Generic[M]):
         return ""
 
     async def run(self) -> None:
-        """The one task of this actor, after `start`."""
-        self.mailbox.wake_at(self.turn())
-        while True:
-            for message in await self.mailbox.take():
-                self.receive(message)
-            self.mailbox.wake_at(self.turn())
+        """The one task of this actor, after `start`. What it has not received when it fails stays in the mailbox."""
+        mailbox, receive = self.mailbox, self.receive
+        try:
+            mailbox.wake_at(self.turn())
+            while True:
+                for _ in range(await mailbox.filled()):
+                    receive(mailbox.pop())
+                mailbox.wake_at(self.turn())
+        finally:
+            mailbox.wake_at(None)
