@@ -275,7 +275,9 @@ class Bus:
         self._sender.cancel()  # which nats-py may swallow: then the loop ends by `_closing`
         await asyncio.wait((self._sender,), timeout=GOODBYE_S)
         try:
-            if self._nats.is_connected:
+            if not self._nats.is_connected:
+                self._abort()  # nats-py would write what is pending to a socket that is closed
+            else:
                 await _at_most(GOODBYE_S, self._nats.flush(1))
         except PROTOCOL_ERRORS:
             log.info("closing at once: the broker does not answer")

@@ -59,6 +59,8 @@ class Runtime:
         self._running: dict[str, asyncio.Task[None]] = {}
         self._stop = asyncio.Event()
         self._failure: str = ""
+        self._gone: list[Report] = []
+        """The last of each actor that was replaced, until the broker takes it."""
 
     async def __aenter__(self) -> Self:
         await self.bus.connect()
@@ -85,6 +87,7 @@ class Runtime:
         actor.state = "up"
         self.actors.append(actor)
         self._running[actor.name] = self._tasks.create_task(self._supervise(actor, build), name=actor.name)
+        await asyncio.sleep(0)  # a task that is cancelled before its first step would not stop its actor
         log.info("%s is ready", actor.name)
         return actor
 
@@ -108,61 +111,87 @@ class Runtime:
         self._stop.set()
 
     async def drain(self) -> None:
-        """The last started goes first: gateways before batchers before executors."""
-        for actor in reversed(self.actors):
-            actor.state = "draining"
-            self._report()
-            try:
-                await asyncio.wait_for(actor.drain(), self.config.timing.drain_ms / 1e3)
-            except TimeoutError:
-                log.warning("%s still had work when its time to drain was over", actor.name)
-            task = self._running.pop(actor.name, None)
-            if task is not None:
-                task.cancel()
-                await asyncio.gather(task, return_exceptions=True)
+        """The last started goes first: gateways before batchers before executors. One time for all of them."""
+        deadline = asyncio.get_running_loop().time() + self.config.timing.drain_ms / 1e3
+        for place in reversed(range(len(self.actors))):
+            actor = self.actors[place]  # only now: it may have been replaced while others drained
+            running = self._running.pop(actor.name)
+            if actor.state != "down":
+                actor.state = "draining"
+                self._report()
+                await self._drain(actor, running, deadline)
+            running.cancel()
+            await asyncio.gather(running, return_exceptions=True)
             actor.state = "stopped"
         self.actors.clear()
 
+    async def _drain(self, actor: Actor[Any], running: asyncio.Task[None], deadline: float) -> None:
+        """Ends also when the actor fails meanwhile: then nobody works for it any more."""
+        draining = asyncio.create_task(actor.drain(), name=f"{actor.name} drains")
+        try:
+            left = max(0.0, deadline - asyncio.get_running_loop().time())
+            await asyncio.wait((draining, running), timeout=left, return_when=asyncio.FIRST_COMPLETED)
+            if not draining.done() and not running.done():
+                log.warning("%s still had work when the time to drain was over", actor.name)
+        finally:
+            draining.cancel()
+            (result,) = await asyncio.gather(draining, return_exceptions=True)
+            if isinstance(result, Exception):
+                log.error("%s did not drain", actor.name, exc_info=result)
+
     async def _supervise(self, actor: Actor[Any], build: Callable[[], Actor[Any]]) -> None:
-        service = await self._announce(actor)
         backoff = Backoff()
         while True:
-            try:
-                await actor.run()
-            except Exception:
-                log.exception("%s failed", actor.name)
-            finally:
-                await _shielded(actor.stop())
-                await _shielded(service.stop())
-            delay = backoff.failed(asyncio.get_running_loop().time())
-            while delay is not None:
-                await asyncio.sleep(delay)
-                replacement = build()
-                try:
-                    await replacement.start()
-                    break
-                except Exception:
-                    log.exception("%s did not start again", actor.name)
-                    await replacement.stop()
-                    delay = backoff.failed(asyncio.get_running_loop().time())
-            if delay is None:
+            await self._live(actor)
+            if actor.state == "draining":
+                return
+            replacement = await self._again(actor, build, backoff)
+            if replacement is None:
                 self._failure = f"{actor.name} failed {GIVE_UP[0]} times within {GIVE_UP[1]:.0f} s: giving up"
                 self._stop.set()
                 return
             self._replace(actor, replacement)
             actor = replacement
-            service = await self._announce(actor)
+
+    async def _live(self, actor: Actor[Any]) -> None:
+        """Until it fails."""
+        service = ServiceApi(self.bus, actor.kind, actor.name, actor.endpoints)
+        try:
+            await service.start()
+            await actor.run()
+        except Exception:
+            log.exception("%s failed", actor.name)
+            if actor.state != "draining":
+                actor.state = "down"
+                self._report()
+        finally:
+            await _shielded(actor.stop())
+            await _shielded(service.stop())
+
+    async def _again(self, failed: Actor[Any], build: Callable[[], Actor[Any]], backoff: Backoff) -> Actor[Any] | None:
+        """Another one, started; None: given up."""
+        while (delay := backoff.failed(asyncio.get_running_loop().time())) is not None:
+            await asyncio.sleep(delay)
+            replacement = None
+            try:
+                replacement = build()
+                await replacement.start()
+                return replacement
+            except BaseException as error:
+                if replacement is not None:
+                    await _shielded(replacement.stop())
+                if not isinstance(error, Exception):
+                    raise
+                log.exception("%s did not start again", failed.name)
+        return None
 
     def _replace(self, old: Actor[Any], new: Actor[Any]) -> None:
-        new.state = "up"
+        old.state, new.state = "stopped", "up"
         self.actors[self.actors.index(old)] = new
         self._running[new.name] = self._running.pop(old.name)
+        self._gone.append(Report(old.kind, old.name, os.getpid(), old.state, "", "", self.token))
+        self._report()
         log.info("%s replaces %s", new.name, old.name)
-
-    async def _announce(self, actor: Actor[Any]) -> ServiceApi:
-        service = ServiceApi(self.bus, actor.kind, actor.name, actor.endpoints)
-        await service.start()
-        return service
 
     async def _watch_bus(self) -> None:
         """A connection that is closed for good ends the process: the one who started it decides what next."""
@@ -198,6 +227,8 @@ class Runtime:
                 Report(actor.kind, actor.name, os.getpid(), actor.state, actor.detail(), metrics, self.token)
             )
         self.reports = reports
+        if self.bus.connected:
+            reports, self._gone = self._gone + reports, []
         for report in reports:
             self.bus.broadcast(subjects.REPORT, report)
 
