@@ -171,15 +171,13 @@ def _login(config: Config) -> list[str]:
 
 def _narsil() -> str:
     beside = Path(sys.executable).parent / "narsil"
-    return _from_here(beside) if beside.exists() else f"{_python()} -m narsil_stream"
+    return _whole(beside) if beside.exists() else f"{_python()} -m narsil_stream"
 
 
 def _python() -> str:
-    return _from_here(Path(sys.executable))
+    return _whole(Path(sys.executable))
 
 
-def _from_here(path: Path) -> str:
-    """As one would type it in this folder."""
-    relative = os.path.relpath(path)
-    near = relative if os.sep in relative else os.path.join(os.curdir, relative)  # noqa: PTH118 Path drops the dot
-    return shlex.quote(str(path) if relative.startswith("..") else near)
+def _whole(path: Path) -> str:
+    """For a shell in whatever folder. Not resolved: the virtual environment's python is a link."""
+    return shlex.quote(os.path.abspath(path))  # noqa: PTH100 Path.resolve would follow the link
