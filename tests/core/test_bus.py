@@ -301,3 +301,39 @@ def test_a_signal_reaches_those_elsewhere_and_is_nothing_without_a_broker(nats_s
             assert one.dropped == 0
 
     run(scene)
+
+
+def test_what_was_subscribed_to_before_a_flush_is_heard_after_it(nats_server: NatsServer) -> None:
+    """nats-py's own ping overtakes the subscription: the first request would find nobody."""
+
+    async def scene() -> None:
+        async with buses(nats_server.url, 2) as (asked, asking):
+            for number in range(500):
+                await asked.respond(f"test.question.{number}", lambda: b"answer")
+                await asked.flush()
+                assert await asking.request(f"test.question.{number}") == b"answer"
+
+    run(scene)
+
+
+def test_what_the_server_sends_until_it_knows_of_a_leave_is_still_heard(nats_server: NatsServer) -> None:
+    """Two share a queue group and one leaves amid traffic, as in a rolling restart: no message is lost."""
+
+    async def scene() -> None:
+        async with buses(nats_server.url, 3) as (sender, stays, goes):
+            heard: list[bytes] = []
+            sent = 0
+            await stays.subscribe("test.work", lambda m: heard.append(m.data), "group")
+            await stays.flush()
+            for _ in range(50):
+                await goes.subscribe("test.work", lambda m: heard.append(m.data), "group")
+                await goes.flush()
+                leaving = asyncio.create_task(goes.unsubscribe("test.work"))
+                while not leaving.done():
+                    sender.publish("test.work", b"")
+                    sent += 1
+                    await asyncio.sleep(0)
+            await sender.flush()
+            await until(lambda: len(heard) == sent)
+
+    run(scene)
