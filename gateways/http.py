@@ -13,16 +13,16 @@ from granian.constants import HTTPModes, Interfaces
 from granian.rsgi import HTTPProtocol, Scope
 from granian.server.embed import Server
 
-from narsil_stream.core.actor import Actor, now_us
+from narsil_stream.core.actor import Actor
 from narsil_stream.core.bus import Bus
 from narsil_stream.core.config import Config
 from narsil_stream.core.ports import reserve
-from narsil_stream.core.requester import Requester
-from narsil_stream.core.telemetry import RequestMetrics, gauges, text
-from narsil_stream.gateways.metadata import SERVER, model_metadata
+from narsil_stream.core.telemetry import gauges, text
+from narsil_stream.gateways.inference import Inference
+from narsil_stream.gateways.metadata import SERVER
 from narsil_stream.schemas import codec
 from narsil_stream.schemas.errors import Fault, Refused, named
-from narsil_stream.schemas.wire import InferAnswer, JsonError
+from narsil_stream.schemas.wire import InferAnswer, InferRequest, JsonError
 
 log = logging.getLogger(__name__)
 
@@ -55,20 +55,28 @@ class Problem(Exception):
 
 
 class WhileThere:
-    """`with WhileThere(proto) as caller`: the block is cancelled when the caller leaves, and `caller.left` is true."""
+    """`with WhileThere(proto) as caller`: from `watch` on, the block is cancelled when the caller leaves.
+
+    `caller.left` is true then.
+    """
 
     def __init__(self, proto: HTTPProtocol) -> None:
         self._proto = proto
+        self._timer: asyncio.TimerHandle | None = None
         self._gone: asyncio.Future[None] | None = None
         self.left = False
 
     def __enter__(self) -> Self:
         self._task = asyncio.current_task()
-        self._timer = asyncio.get_running_loop().call_later(WATCH_AFTER_S, self._watch)
         return self
 
+    def watch(self) -> None:
+        """The body is there: from now on the caller only waits."""
+        self._timer = asyncio.get_running_loop().call_later(WATCH_AFTER_S, self._watch)
+
     def __exit__(self, *error: object) -> None:
-        self._timer.cancel()
+        if self._timer is not None:
+            self._timer.cancel()
         if self._gone is not None:
             self._gone.remove_done_callback(self._leave)
             self._gone.cancel()
@@ -90,29 +98,20 @@ class HttpGateway(Actor[None]):
     def __init__(self, config: Config, bus: Bus, share_port: bool = False) -> None:
         super().__init__(1)
         self._config = config
-        self._bus = bus
         self._share_port = share_port
-        self._requester = Requester(config, bus)
-        self._metrics = RequestMetrics(self.registry)
+        self._inference = Inference(config, bus, self.registry)
         self._serving: asyncio.Task[None] | None = None
         self._server: Server | None = None
         self._open = 0
         self._coming_bytes = 0
         self._closed = asyncio.Event()
-        self._closing = False
         self.port = config.http.port
-        gauges(
-            self.registry,
-            narsil_requests_open=("Requests being worked on", lambda: self._open),
-            narsil_ready=("1 when a request would be scored", lambda: float(self.ready)),
-            narsil_late_answers=("Answers that came after their request had ended", lambda: self._requester.late),
-            narsil_requests_resent=("Requests sent to another batcher", lambda: self._requester.resent),
-        )
+        gauges(self.registry, narsil_requests_open=("Requests being worked on", lambda: self._open))
 
     # Life
 
     async def start(self) -> None:
-        await self._requester.start()
+        await self._inference.start()
         http = self._config.http
         with reserve(http.host, http.port, "http.port", share=self._share_port) as self.port:
             self._server = Server(
@@ -128,7 +127,7 @@ class HttpGateway(Actor[None]):
             )
             self._serving = asyncio.create_task(self._server.serve(), name=f"{self.name} http")
             await self._listening()
-        await self._requester.wait_ready(1.0)
+        await self._inference.wait_ready(1.0)
 
     async def _listening(self) -> None:
         while True:
@@ -144,7 +143,7 @@ class HttpGateway(Actor[None]):
 
     async def drain(self) -> None:
         """Not ready from now on; take no new connection once callers had a moment to notice; finish what is open."""
-        self._closing = True
+        self._inference.closing = True
         await asyncio.sleep(self._config.timing.notice_ms / 1e3)
         await self._stop_server()
         while self._open:
@@ -153,7 +152,7 @@ class HttpGateway(Actor[None]):
 
     async def stop(self) -> None:
         await self._stop_server()
-        await self._requester.stop()
+        await self._inference.stop()
 
     async def _stop_server(self) -> None:
         server, self._server = self._server, None
@@ -165,13 +164,10 @@ class HttpGateway(Actor[None]):
     def receive(self, message: None) -> None:
         """Requests do not pass through the mailbox: each is a task of the HTTP server."""
 
-    @property
-    def ready(self) -> bool:
-        return not self._closing and self._requester.ready
-
     def detail(self) -> str:
-        models = ", ".join(f"{ref.name} {ref.version}" for ref in self._requester.models()) or "no model"
-        return f"http://{self._config.http.host}:{self.port}, {models}, {'ready' if self.ready else 'not ready'}"
+        models = ", ".join(f"{ref.name} {ref.version}" for ref in self._inference.models()) or "no model"
+        ready = "ready" if self._inference.ready else "not ready"
+        return f"http://{self._config.http.host}:{self.port}, {models}, {ready}"
 
     # One request
 
@@ -232,32 +228,23 @@ class HttpGateway(Actor[None]):
         return handlers[method]
 
     async def _infer(self, scope: Scope, proto: HTTPProtocol, model: str, version: str) -> Reply:
-        started = now_us()
-        self._metrics.offered.inc()
-        answer = await self._ask(scope, proto, model, version)
-        if answer.fault:
-            self._metrics.by_fault(answer.fault)
-            return _refusal(answer)
-        self._metrics.answered(answer.outputs[0].shape[0], (now_us() - started) / 1e6)
-        return Reply(HTTPStatus.OK, codec.encode_answer(answer, codec.Spelling.JSON), [JSON])
+        caller = WhileThere(proto)
 
-    async def _ask(self, scope: Scope, proto: HTTPProtocol, model: str, version: str) -> InferAnswer:
-        """The answer, which may be an error: nothing is raised, so that each request is counted as ended once."""
-        id, caller = "", WhileThere(proto)
-        try:
+        async def read() -> InferRequest:
             request = codec.decode_json_request(await self._body(scope, proto))
-            id = request.id
+            caller.watch()
+            return request
+
+        try:
             with caller:
-                return await self._requester.ask(model, version, request)
-        except Refused as refused:
-            return InferAnswer(
-                id, fault=refused.fault.name, detail=refused.detail, retry_after_us=refused.retry_after_us
-            )
-        except BaseException:
-            if caller.left:
-                return InferAnswer(id, fault=Fault.CANCELLED.name, detail="the caller has left")
-            self._metrics.by_fault(Fault.CANCELLED.name)
-            raise
+                answer = await self._inference.ask(model, version, read)
+        except asyncio.CancelledError:
+            if not caller.left:
+                raise
+            answer = InferAnswer("", fault=Fault.CANCELLED.name, detail="the caller has left")
+        if answer.fault:
+            return _refusal(answer)
+        return Reply(HTTPStatus.OK, codec.encode_answer(answer, codec.Spelling.JSON), [JSON])
 
     async def _body(self, scope: Scope, proto: HTTPProtocol) -> bytes:
         """Raises `Refused(TOO_LARGE)`; Problem 408 when it does not come in time."""
@@ -292,27 +279,26 @@ class HttpGateway(Actor[None]):
         return _json(HTTPStatus.OK, {"live": True})
 
     async def _ready(self, _: Scope, __: HTTPProtocol) -> Reply:
-        return _json(HTTPStatus.OK if self.ready else HTTPStatus.SERVICE_UNAVAILABLE, {"ready": self.ready})
+        ready = self._inference.ready
+        return _json(HTTPStatus.OK if ready else HTTPStatus.SERVICE_UNAVAILABLE, {"ready": ready})
 
     async def _server_metadata(self, _: Scope, __: HTTPProtocol) -> Reply:
         return _json(HTTPStatus.OK, SERVER)
 
     async def _model_ready(self, model: str, version: str) -> Reply:
-        served = [r for r in self._requester.models() if r.name == model and version in ("", r.version)]
-        ready = bool(served) and not self._closing
+        ready = self._inference.model_ready(model, version)
         status = HTTPStatus.OK if ready else HTTPStatus.SERVICE_UNAVAILABLE
         return _json(status, {"name": model, "ready": ready})
 
     async def _model_metadata(self, model: str, version: str) -> Reply:
-        card = await self._requester.card(model, version)
-        return _json(HTTPStatus.OK, model_metadata(card, self._requester.models()))
+        return _json(HTTPStatus.OK, await self._inference.metadata(model, version))
 
     async def _own_metrics(self, _: Scope, __: HTTPProtocol) -> Reply:
         exposition = text(self.registry).encode()
         return Reply(HTTPStatus.OK, exposition, [("content-type", "text/plain; version=0.0.4; charset=utf-8")])
 
 
-def _json(status: int, body: dict[str, Any]) -> Reply:
+def _json(status: int, body: Any) -> Reply:
     return Reply(status, msgspec.json.encode(body), [JSON])
 
 

@@ -107,6 +107,8 @@ def test_metadata_describes_the_version_that_would_be_scored(versions: tuple[Sys
         "inputs": [
             {"name": "dense", "datatype": "FP32", "shape": [-1, 13]},
             {"name": "sparse", "datatype": "INT64", "shape": [-1, 26]},
+            {"name": "values", "datatype": "INT64", "shape": [-1]},
+            {"name": "lengths", "datatype": "INT32", "shape": [-1, 26]},
         ],
         "outputs": [{"name": "scores", "datatype": "FP32", "shape": [-1]}],
     }

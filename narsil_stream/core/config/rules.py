@@ -45,20 +45,22 @@ def _batching(config: Config) -> Iterator[Broken]:
 
 
 def _ports(config: Config) -> Iterator[Broken]:
-    taken = {"http.port": config.http.port, "metrics.port": config.metrics.port}
+    taken = {"http.port": config.http.port, "grpc.port": config.grpc.port, "metrics.port": config.metrics.port}
     if not config.nats.url:
         taken["nats.port"] = config.nats.port
     for port in sorted({port for port in taken.values() if port}):
         keys = tuple(key for key, value in taken.items() if value == port)
         if len(keys) > 1:
             yield "each server needs a port of its own", keys
-    if config.http.port == 0 and config.http.processes > 1:
-        yield "processes can share only a port that is named", ("http.port", "http.processes")
+    for door, of in (("http", config.http), ("grpc", config.grpc)):
+        if of.port == 0 and of.processes > 1:
+            yield "processes can share only a port that is named", (f"{door}.port", f"{door}.processes")
 
 
 def _inline(config: Config) -> Iterator[Broken]:
     counts = {
         "http.processes": config.http.processes,
+        "grpc.processes": config.grpc.processes,
         "batch.batchers": config.batch.batchers,
         "executor.executors": config.executor.executors,
     }

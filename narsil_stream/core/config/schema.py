@@ -19,6 +19,7 @@ LogFormat = Literal["text", "json"]
 Port = Annotated[int, Meta(ge=0, le=65_535)]
 Host = Annotated[str, Meta(min_length=1)]
 Count = Annotated[int, Meta(ge=1, le=256)]
+Processes = Annotated[int, Meta(ge=0, le=256)]
 
 MIB = 1024 * 1024
 PATH = {"path": True}
@@ -53,10 +54,10 @@ class HttpConfig(Struct, frozen=True, forbid_unknown_fields=True):
     ] = "127.0.0.1"
     port: Annotated[Port, Meta(description="TCP port of the HTTP gateway. 0: any free port.")] = 8000
     processes: Annotated[
-        Count,
+        Processes,
         Meta(
-            description="Gateway processes that share the port. More: more requests per second, and as many more "
-            "connections to the broker and processor cores in use."
+            description="HTTP gateway processes that share the port. 0: none. More: more requests per second, and as "
+            "many more connections to the broker and processor cores in use."
         ),
     ] = 1
     max_body_bytes: Annotated[
@@ -84,9 +85,45 @@ class GrpcConfig(Struct, frozen=True, forbid_unknown_fields=True):
 
     host: Annotated[
         Host,
-        Meta(description="Address for the gRPC gateway. Reserved: this version starts none."),
+        Meta(
+            description="Address that the gRPC gateway listens on. 127.0.0.1: this machine only; 0.0.0.0: every "
+            "interface, and whoever reaches it may send requests."
+        ),
     ] = "127.0.0.1"
-    port: Annotated[Port, Meta(description="TCP port for the gRPC gateway. Reserved: this version starts none.")] = 8001
+    port: Annotated[Port, Meta(description="TCP port of the gRPC gateway. 0: any free port.")] = 8001
+    processes: Annotated[
+        Processes,
+        Meta(
+            description="gRPC gateway processes that share the port. 0: none. More: more requests per second, and as "
+            "many more connections to the broker and processor cores in use."
+        ),
+    ] = 1
+    max_message_bytes: Annotated[
+        int,
+        Meta(
+            ge=1024,
+            le=1024 * MIB,
+            description="Largest request message, bytes; above it the call ends in RESOURCE_EXHAUSTED, as gRPC has "
+            "it. Larger: a few clients can fill the gateway's memory.",
+        ),
+    ] = 64 * MIB
+    max_streams: Annotated[
+        int,
+        Meta(
+            ge=1,
+            le=65_536,
+            description="Most calls at a time on one connection. Larger: one client can hold up the others.",
+        ),
+    ] = 1_024
+    keepalive_ms: Annotated[
+        int,
+        Meta(
+            ge=1_000,
+            le=7_200_000,
+            description="Time without traffic after which a connection is checked by a ping, ms. Larger: clients "
+            "that vanished hold memory for longer.",
+        ),
+    ] = 30_000
 
 
 class MetricsConfig(Struct, frozen=True, forbid_unknown_fields=True):
@@ -183,6 +220,15 @@ class BatchConfig(Struct, frozen=True, forbid_unknown_fields=True):
             description="Most rows in one batch. Larger: more throughput, longer tail latency, more memory.",
         ),
     ] = 4096
+    max_request_rows: Annotated[
+        int,
+        Meta(
+            ge=1,
+            le=1_048_576,
+            description="Most rows in one request to a gateway; above it the answer is 413. What is more than a batch "
+            "or a message holds is split, and its scores are joined. Larger: one caller can hold up the others.",
+        ),
+    ] = 65_536
     queue_rows: Annotated[
         int,
         Meta(
