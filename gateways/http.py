@@ -122,6 +122,8 @@ class HttpGateway(Actor[None]):
         self._open += 1
         try:
             reply = await self._reply(scope, proto)
+            if self._inference.closing and scope.http_version.startswith("1"):
+                reply.headers.append(("connection", "close"))  # or the next request could meet a closed connection
             proto.response_bytes(reply.status, reply.headers, reply.body)
         finally:
             self._open -= 1
