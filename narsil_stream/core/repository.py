@@ -68,7 +68,7 @@ class Repository:
         return tuple(found[key] for key in sorted(found))
 
     async def control(self, verb: Verb, model: str) -> None:
-        """Load or unload a model everywhere; returns when that has taken effect. Raises `Refused`, saying where it failed.
+        """Load or unload a model everywhere; returns when that has taken effect. Raises `Refused`: where it failed.
 
         An executor that joins meanwhile is asked too; one that is lost meanwhile does not count.
         """
