@@ -50,7 +50,7 @@ def broker(loaded: Loaded) -> None:
 
 
 @click.command()
-@config_options()
+@config_options(doors=("http", "grpc", "metrics"))
 @click.option("--share-port", is_flag=True, help="Let several gateway processes listen on one port (SO_REUSEPORT).")
 @parent
 def gateway(loaded: Loaded, share_port: bool, token: str) -> None:
@@ -72,7 +72,7 @@ def gateway(loaded: Loaded, share_port: bool, token: str) -> None:
 
 
 @click.command()
-@config_options("mode", "nats", "batch", "timing", "metrics")
+@config_options("mode", "nats", "batch", "timing", "metrics", "insecure", doors=("metrics",))
 @parent
 def batcher(loaded: Loaded, token: str) -> None:
     """Run a batcher: it coalesces requests into batches, by deadline, for the executors.
@@ -83,7 +83,18 @@ def batcher(loaded: Loaded, token: str) -> None:
 
 
 @click.command()
-@config_options("model", "backend", "nats", "executor", "timing", "metrics", "batch.max_rows", "data_dir")
+@config_options(
+    "model",
+    "backend",
+    "nats",
+    "executor",
+    "timing",
+    "metrics",
+    "batch.max_rows",
+    "data_dir",
+    "insecure",
+    doors=("metrics",),
+)
 @parent
 def executor(loaded: Loaded, token: str) -> None:
     """Run an executor: it loads a model and computes batches.

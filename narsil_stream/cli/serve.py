@@ -25,7 +25,7 @@ if TYPE_CHECKING:
 
 
 @click.command()
-@config_options()
+@config_options(doors=("http", "grpc", "metrics", "nats"))
 def serve(loaded: Loaded) -> None:
     """Run the whole pipeline on this machine: broker, HTTP gateway, batcher, executor, each a process that is watched.
 
