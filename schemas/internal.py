@@ -162,5 +162,6 @@ class Report(Struct, array_like=True, frozen=True, gc=False, tag=10):
     """What the supervisor gave this process, to tell its own children from others on the same broker."""
 
 
-ToBatcher = Bundle | Cancel | Result | Grant
+Asking = Bundle | Cancel
+ToBatcher = Result | Grant
 ToExecutor = Batch | Demand
