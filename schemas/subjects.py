@@ -14,6 +14,9 @@ HELLO = "narsil.v1.hello"
 REPORT = "narsil.v1.report"
 """Each process reports its state and metrics here; `narsil serve` listens."""
 
+ADMIN = "narsil.v1.admin"
+"""Below it: what changes which models are served. Only gateways and administrators may publish there."""
+
 INBOX = "_INBOX.narsil"
 """Answers come below it, see `inbox`."""
 

@@ -1,4 +1,4 @@
-"""`narsil broker|gateway|batcher|executor`: one part of the system, against any NATS server."""
+"""`narsil gateway|batcher|executor`: one part of the system, against any NATS server."""
 
 import contextlib
 import os
@@ -28,25 +28,6 @@ parent = click.option(
     hidden=True,
     help="Set by `narsil serve`: repeat this in reports, and stop when stdin ends, because the parent is gone.",
 )
-
-
-@click.command()
-@config_options(
-    "nats.host", "nats.port", "nats.user", "nats.password", "nats.token", "nats.max_payload_bytes", "data_dir"
-)
-def broker(loaded: Loaded) -> None:
-    """Run a NATS broker: the nats-server binary that is installed with this package, with fitting limits.
-
-    Example: narsil broker --nats-host 0.0.0.0 --nats-user narsil --nats-password secret
-    """
-    from narsil_stream.core import broker as own
-
-    try:
-        nats = own.resolve(loaded.config.nats)
-        command = own.command(loaded.config.data_dir, nats)
-    except (PortTaken, OSError) as error:
-        raise click.ClickException(str(error)) from None
-    os.execv(command[0], command)  # signals, logs and the exit status are nats-server's own
 
 
 @click.command()

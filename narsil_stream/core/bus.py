@@ -405,6 +405,8 @@ class Bus:
     async def _on_error(self, error: Exception) -> None:
         if isinstance(error, nats.errors.SlowConsumerError):
             self._dropped += 1
+        elif "permissions violation" in str(error).lower():
+            log.error("the broker does not allow this login what it needs: %s", error)
         else:
             log.info("NATS: %s", error or type(error).__name__)
 
