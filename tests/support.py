@@ -10,7 +10,7 @@ import sys
 import tempfile
 import threading
 import time
-from collections.abc import Callable, Coroutine
+from collections.abc import Callable, Coroutine, Mapping
 from concurrent.futures import Future
 from contextlib import AsyncExitStack
 from functools import partial
@@ -101,6 +101,11 @@ class NatsServer:
         return self._process
 
     @property
+    def log(self) -> str:
+        """What it has said so far."""
+        return Path(self._log).read_text()
+
+    @property
     def _log(self) -> str:
         return str(Path(self._folder.name) / "log")
 
@@ -119,7 +124,8 @@ class System:
 
     Entered once a client sees every model. Executors, batchers and HTTP gateways (on ports of their own) have
     connections of their own, as in processes of their own, so that all messages cross the broker; in mode inline they
-    share one. `config` sets everything but the addresses. `loader` is what loads a model's backend.
+    share one. `config` sets everything but the addresses. `loader` is what loads a model's backend. `seeds` are files
+    of nkeys by kind of actor, and "client" for who waits until all is served.
     """
 
     def __init__(
@@ -131,6 +137,7 @@ class System:
         batchers: int = 1,
         gateways: int = 0,
         loader: Loader = reference.load,
+        seeds: Mapping[str, Path] | None = None,
     ) -> None:
         self.url = url
         config = config or Config()
@@ -138,6 +145,7 @@ class System:
         self.runtimes: dict[str, list[Runtime]] = {"executor": [], "batcher": [], "gateway": []}
         """By kind of actor; in mode inline all hold the same one."""
         self._models = models
+        self._seeds = seeds or {}
         self._loader = loader
         self._counts = {"executor": executors, "batcher": batchers, "gateway": gateways}
         self._loop = uvloop.new_event_loop()
@@ -189,7 +197,8 @@ class System:
             shared: Runtime | None = None
             for kind, count in self._counts.items():
                 for _ in range(count):
-                    runtime = shared or await stack.enter_async_context(Runtime(self.config, kind))
+                    config = replace(self.config, nats=self._login(kind))
+                    runtime = shared or await stack.enter_async_context(Runtime(config, kind))
                     shared = runtime if self.config.mode == "inline" else None
                     await runtime.start(partial(self._build, kind, runtime.bus))
                     self.runtimes[kind].append(runtime)
@@ -204,9 +213,12 @@ class System:
             return Batcher(self.config, bus)
         return Executor(self.config, bus, lambda: [load(folder, self._loader) for folder in self._models])
 
+    def _login(self, kind: str) -> NatsConfig:
+        return replace(self.config.nats, nkey_seed_file=str(self._seeds.get(kind, "")))
+
     async def _wait_served(self) -> None:
         wanted = {(spec.name, spec.version) for spec in map(read_spec, self._models)}
-        async with asyncio.timeout(PATIENCE_S), Client(self.config.nats) as client:
+        async with asyncio.timeout(PATIENCE_S), Client(self._login("client")) as client:
             while not wanted <= {(ref.name, ref.version) for ref in client.models()}:  # noqa: ASYNC110 no signal
                 await asyncio.sleep(0.005)
 

@@ -37,7 +37,7 @@ parent = click.option(
 def gateway(loaded: Loaded, share_port: bool, token: str) -> None:
     """Run an HTTP gateway: Open Inference Protocol in, NATS behind. With `--mode inline` a batcher and an executor too.
 
-    Example: narsil gateway --nats-url nats://broker:4222 --http-host 0.0.0.0 --http-port 8000
+    Example: narsil gateway --nats-url nats://broker:4222 --http-host 0.0.0.0 --access-tokens-file tokens
     """
     inline = loaded.config.mode == "inline"
     if inline:

@@ -19,7 +19,7 @@ FOLDER = click.Path(file_okay=False, path_type=Path)
     "new",
     type=FOLDER,
     metavar="FOLDER",
-    help="Write a configuration of nats-server into FOLDER and end: an nkey for each role, which may do its part alone.",
+    help="Write a configuration of nats-server into FOLDER: an nkey for each role, which may do its part alone.",
 )
 @click.option(
     "--user",

@@ -80,7 +80,7 @@ EXECUTOR = Permissions(
     responses=True,
     inbox=False,
 )
-SERVE = GATEWAY | BATCHER | EXECUTOR | Permissions((), (subjects.REPORT,))
+SERVE = GATEWAY | BATCHER | EXECUTOR | CLIENT | Permissions((), (subjects.REPORT,))
 ADMIN = Permissions(
     (f"{subjects.ADMIN}.>", f"{PREFIX}.>", subjects.describe(ANY), subjects.HELLO),
     (subjects.BATCHER_BEAT, subjects.EXECUTOR_BEAT, subjects.REPORT),
@@ -98,8 +98,28 @@ ROLES = {
     "gateway": Role(GATEWAY, "HTTP and gRPC gateways: `narsil gateway`"),
     "batcher": Role(BATCHER, "`narsil batcher`"),
     "executor": Role(EXECUTOR, "`narsil executor`"),
-    "serve": Role(SERVE, "all of these and their supervisor: `narsil serve`, and `narsil gateway --mode inline`"),
+    "serve": Role(SERVE, "all of these, their supervisor and a client: `narsil serve`, `narsil gateway --mode inline`"),
     "producer": Role(PRODUCER, "any NATS client that publishes requests"),
     "client": Role(CLIENT, "Python's `Client`, `narsil score` and `narsil request`: they speak to batchers directly"),
     "admin": Role(ADMIN, "people and tools that watch the actors (`nats micro`) or change which models are served"),
 }
+
+
+def as_docs() -> str:
+    """The table of the documentation."""
+    rows = ["| role | for | publishes | listens to |", "|---|---|---|---|"]
+    for name, (permissions, what) in ROLES.items():
+        publish = [f"`{subject}`" for subject in permissions.publish]
+        if permissions.responses:
+            publish.append("one answer to each message with a reply subject")
+        heard = [f"`{subject}`" for subject in permissions.subscribe if not subject.startswith(PREFIX)]
+        if len(heard) < len(permissions.subscribe):
+            heard.append(f"its part of `{PREFIX}.>`")
+        if permissions.inbox:
+            heard.append(f"`{subjects.inbox('<its nkey>')}.>`")
+        rows.append(f"| {name} | {what} | {', '.join(publish)} | {', '.join(heard)} |")
+    return "\n".join(rows) + "\n"
+
+
+if __name__ == "__main__":
+    print(as_docs(), end="")
