@@ -14,6 +14,7 @@ import numpy as np
 import uvloop
 
 from narsil_stream.core.client import Client
+from narsil_stream.core.config import NatsConfig
 from narsil_stream.kernels.artifact import read_spec
 from narsil_stream.kernels.init import random_batch
 from narsil_stream.schemas.errors import Refused, named
@@ -30,7 +31,9 @@ class Traffic:
     that broke or was refused before an answer.
     """
 
-    def __init__(self, model: Path, *, http: int = 0, nats: str = "", callers: int = 16, retry: bool = False) -> None:
+    def __init__(
+        self, model: Path, *, http: int = 0, nats: str | NatsConfig = "", callers: int = 16, retry: bool = False
+    ) -> None:
         spec = read_spec(model)
         batch = random_batch(spec, ROWS, seed=11)
         self._name = spec.name

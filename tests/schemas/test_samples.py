@@ -19,6 +19,7 @@ from narsil_stream.schemas.codec import Spelling
 from narsil_stream.schemas.internal import (
     Answers,
     Ask,
+    Asking,
     Batch,
     BatcherBeat,
     Bundle,
@@ -150,7 +151,7 @@ def between_actors() -> dict[str, Sample]:
     return {
         f"{name}.bin": Sample(lambda value=value: msgspec.msgpack.encode(value), reader(kind), value)
         for kind, values in {
-            ToBatcher: {
+            Asking: {
                 "bundle": Bundle(
                     reply="_INBOX.narsil.0011223344556677",
                     asks=(
@@ -159,6 +160,8 @@ def between_actors() -> dict[str, Sample]:
                     ),
                 ),
                 "cancel": Cancel(reply="_INBOX.narsil.0011223344556677", slots=(0, 2**40)),
+            },
+            ToBatcher: {
                 "result": Result(
                     batch=70_000,
                     executor="executor-1",
