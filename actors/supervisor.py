@@ -97,10 +97,14 @@ class Supervisor:
     @staticmethod
     def _with_free_ports(config: Config) -> Config:
         """Each port checked before anything runs; 0 becomes a free one. Raises `PortTaken`."""
-        http = replace(config.http, port=free_port(config.http.host, config.http.port, "http.port"))
-        metrics = replace(config.metrics, port=free_port(config.metrics.host, config.metrics.port, "metrics.port"))
+        http, grpc, metrics = config.http, config.grpc, config.metrics
+        if http.processes:
+            http = replace(http, port=free_port(http.host, http.port, "http.port"))
+        if grpc.processes:
+            grpc = replace(grpc, port=free_port(grpc.host, grpc.port, "grpc.port"))
+        metrics = replace(metrics, port=free_port(metrics.host, metrics.port, "metrics.port"))
         nats = config.nats if config.nats.url else broker.resolve(config.nats)
-        return replace(config, http=http, metrics=metrics, nats=nats)
+        return replace(config, http=http, grpc=grpc, metrics=metrics, nats=nats)
 
     async def _bring_up(self, bus: Bus) -> list[ModelCard]:
         """What is served, once every process is up. Raises `StartFailed`."""
@@ -127,18 +131,19 @@ class Supervisor:
 
     async def _start_children(self) -> None:
         config, environ = self.config, child_environ(self.config, os.environ)
-        share = ["--share-port"] if config.http.processes > 1 else []
-        parts: list[tuple[str, int, list[str]]] = [
-            ("executor", config.executor.executors, []),
-            ("batcher", config.batch.batchers, []),
-            ("gateway", config.http.processes, share),
+        parts: list[tuple[str, str, int, list[str]]] = [
+            ("executor", "executor", config.executor.executors, []),
+            ("batcher", "batcher", config.batch.batchers, []),
+            ("http gateway", "gateway", config.http.processes, ["--door", "http"]),
+            ("grpc gateway", "gateway", config.grpc.processes, ["--door", "grpc"]),
         ]
         if config.mode == "inline":
-            parts = [("gateway", 1, [])]
-        for kind, count, options in parts:
+            parts = [("gateway", "gateway", 1, [])]
+        for name, kind, count, options in parts:
+            share = ["--share-port"] if kind == "gateway" and count > 1 else []
             for number in range(1, count + 1):
-                label = kind if count == 1 else f"{kind} {number}"
-                command = [sys.executable, "-m", "narsil_stream.cli", kind, *options]
+                label = name if count == 1 else f"{name} {number}"
+                command = [sys.executable, "-m", "narsil_stream.cli", kind, *options, *share]
                 await self._start(Child(label, kind, command, environ, reports=True))
 
     async def _start(self, child: Child) -> None:

@@ -15,7 +15,7 @@ from concurrent.futures import Future
 from contextlib import AsyncExitStack
 from functools import partial
 from pathlib import Path
-from typing import Any, Self, TypeVar
+from typing import Any, ClassVar, Self, TypeVar
 
 import numpy as np
 import uvloop
@@ -31,6 +31,7 @@ from narsil_stream.core.bus import Bus
 from narsil_stream.core.client import Client
 from narsil_stream.core.config import Config, NatsConfig
 from narsil_stream.core.runtime import Runtime
+from narsil_stream.gateways.grpc import GrpcGateway
 from narsil_stream.gateways.http import HttpGateway
 from narsil_stream.kernels import reference
 from narsil_stream.kernels.artifact import read_spec
@@ -117,10 +118,12 @@ class NatsServer:
 class System:
     """Executors and batchers that serve models on a broker, in one thread. `with System(broker.url, folder) as system`.
 
-    Entered once a client sees every model. Executors, batchers and HTTP gateways (on ports of their own) have
+    Entered once a client sees every model. Executors, batchers, HTTP and gRPC gateways (on ports of their own) have
     connections of their own, as in processes of their own, so that all messages cross the broker; in mode inline they
     share one. `config` sets everything but the addresses. `loader` is what loads a model's backend.
     """
+
+    KINDS: ClassVar = {"executor": Executor, "batcher": Batcher, "gateway": HttpGateway, "grpc": GrpcGateway}
 
     def __init__(
         self,
@@ -130,16 +133,18 @@ class System:
         executors: int = 1,
         batchers: int = 1,
         gateways: int = 0,
+        grpc_gateways: int = 0,
         loader: Loader = reference.load,
     ) -> None:
         self.url = url
         config = config or Config()
-        self.config = replace(config, nats=NatsConfig(url=url), http=replace(config.http, port=0))
-        self.runtimes: dict[str, list[Runtime]] = {"executor": [], "batcher": [], "gateway": []}
+        doors = {"http": replace(config.http, port=0), "grpc": replace(config.grpc, port=0)}
+        self.config = replace(config, nats=NatsConfig(url=url), **doors)
+        self.runtimes: dict[str, list[Runtime]] = {kind: [] for kind in self.KINDS}
         """By kind of actor; in mode inline all hold the same one."""
         self._models = models
         self._loader = loader
-        self._counts = {"executor": executors, "batcher": batchers, "gateway": gateways}
+        self._counts = {"executor": executors, "batcher": batchers, "gateway": gateways, "grpc": grpc_gateways}
         self._loop = uvloop.new_event_loop()
         self._stop = asyncio.Event()
         self._ready: Future[None] = Future()
@@ -156,13 +161,20 @@ class System:
 
     def actors(self, kind: str) -> list[Actor[Any]]:
         """Those that run."""
-        return [actor for runtime in self.runtimes[kind] for actor in runtime.actors if actor.kind == kind]
+        return [a for runtime in self.runtimes[kind] for a in runtime.actors if isinstance(a, self.KINDS[kind])]
 
     @property
     def http_port(self) -> int:
         """Of the first gateway."""
         (gateway, *_) = self.actors("gateway")
         assert isinstance(gateway, HttpGateway)
+        return gateway.port
+
+    @property
+    def grpc_port(self) -> int:
+        """Of the first gRPC gateway."""
+        (gateway, *_) = self.actors("grpc")
+        assert isinstance(gateway, GrpcGateway)
         return gateway.port
 
     def submit(self, work: Coroutine[Any, Any, T]) -> Future[T]:
@@ -200,6 +212,8 @@ class System:
     def _build(self, kind: str, bus: Bus) -> Actor[Any]:
         if kind == "gateway":
             return HttpGateway(self.config, bus)
+        if kind == "grpc":
+            return GrpcGateway(self.config, bus)
         if kind == "batcher":
             return Batcher(self.config, bus)
         return Executor(self.config, bus, lambda: [load(folder, self._loader) for folder in self._models])

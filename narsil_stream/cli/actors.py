@@ -51,22 +51,35 @@ def broker(loaded: Loaded) -> None:
 
 @click.command()
 @config_options()
+@click.option(
+    "--door",
+    type=click.Choice(("http", "grpc", "both")),
+    default="both",
+    show_default=True,
+    help="Ports to open. both: those of which there is to be a process, by `--http-processes` and `--grpc-processes`.",
+)
 @click.option("--share-port", is_flag=True, help="Let several gateway processes listen on one port (SO_REUSEPORT).")
 @parent
-def gateway(loaded: Loaded, share_port: bool, token: str) -> None:
-    """Run an HTTP gateway: Open Inference Protocol in, NATS behind. With `--mode inline` a batcher and an executor too.
+def gateway(loaded: Loaded, door: str, share_port: bool, token: str) -> None:
+    """Run a gateway: Open Inference Protocol over HTTP and gRPC in, NATS behind.
 
-    Example: narsil gateway --nats-url nats://broker:4222 --http-host 0.0.0.0 --http-port 8000
+    With `--mode inline` a batcher and an executor run in the same process.
+
+    Example: narsil gateway --nats-url nats://broker:4222 --http-host 0.0.0.0 --grpc-host 0.0.0.0
     """
     inline = loaded.config.mode == "inline"
     if inline:
         _limit_threads(loaded.config.executor)
+    doors = doors_of(loaded.config) if door == "both" else (door,)
+    if not doors and not inline:
+        raise click.UsageError("with neither --http-processes nor --grpc-processes there is no port to open")
 
     async def start(runtime: Runtime) -> None:
         if inline:
             await _start_executor(runtime)
             await _start_batcher(runtime)
-        await _start_gateway(runtime, share_port)
+        for name in doors:
+            await _start_door(runtime, name, share_port)
 
     _run(loaded, "inline" if inline else "gateway", start, token)
 
@@ -94,10 +107,21 @@ def executor(loaded: Loaded, token: str) -> None:
     _run(loaded, "executor", _start_executor, token)
 
 
-async def _start_gateway(runtime: Runtime, share_port: bool) -> None:
-    from narsil_stream.gateways.http import HttpGateway
+def doors_of(config: Config) -> tuple[str, ...]:
+    """Those that have a process."""
+    counts = {"http": config.http.processes, "grpc": config.grpc.processes}
+    return tuple(door for door, count in counts.items() if count)
 
-    await runtime.start(lambda: HttpGateway(runtime.config, runtime.bus, share_port))
+
+async def _start_door(runtime: Runtime, door: str, share_port: bool) -> None:
+    if door == "http":
+        from narsil_stream.gateways.http import HttpGateway
+
+        await runtime.start(lambda: HttpGateway(runtime.config, runtime.bus, share_port))
+    else:
+        from narsil_stream.gateways.grpc import GrpcGateway
+
+        await runtime.start(lambda: GrpcGateway(runtime.config, runtime.bus, share_port))
 
 
 async def _start_batcher(runtime: Runtime) -> None:

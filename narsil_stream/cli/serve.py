@@ -27,7 +27,7 @@ if TYPE_CHECKING:
 @click.command()
 @config_options()
 def serve(loaded: Loaded) -> None:
-    """Run the whole pipeline on this machine: broker, HTTP gateway, batcher, executor, each a process that is watched.
+    """Run the whole pipeline on this machine: broker, HTTP and gRPC gateway, batcher, executor, each a process.
 
     Without `--model` a demo model called dlrm is made and served. Ctrl-C drains: what was accepted is answered first.
 
@@ -99,14 +99,17 @@ def _login_in_url(config: Config) -> bool:
 
 
 def examples(config: Config, card: ModelCard) -> list[str]:
-    """Three ways to ask for one row's score, to copy into any shell; see `login_variables`."""
+    """Three ways to ask for one row's score (two without an HTTP gateway), to copy into any shell.
+
+    See `login_variables`.
+    """
     body, name = example_request(card), card.spec.name
     url = config.nats.url or f"nats://{address(config.nats.host, config.nats.port)}"
     known = _login_in_url(config) or url == "nats://127.0.0.1:4222"
     flag = "" if known else f" --nats-url {shlex.quote(url)}"
     http = shlex.quote(f"http://{address(config.http.host, config.http.port)}/v2/models/{name}/infer")
     return [
-        f"curl -s {http} -d '{body}'",
+        *([f"curl -s {http} -d '{body}'"] if config.http.processes else []),
         f"printf '%s' '{body}' | {_narsil()} request{flag} --model {name}",
         _raw_nats(config, url, subjects.infer(name), body),
     ]

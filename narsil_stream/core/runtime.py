@@ -9,6 +9,7 @@ import signal
 import sys
 from collections import deque
 from collections.abc import Awaitable, Callable
+from itertools import groupby
 from typing import Any, Self
 
 from narsil_stream.core.actor import Actor
@@ -111,19 +112,26 @@ class Runtime:
         self._stop.set()
 
     async def drain(self) -> None:
-        """The last started goes first: gateways before batchers before executors. One time for all of them."""
+        """The last started go first: gateways before batchers before executors; those of a kind at the same time.
+
+        One time for all of them.
+        """
         deadline = asyncio.get_running_loop().time() + self.config.timing.drain_ms / 1e3
-        for place in reversed(range(len(self.actors))):
-            actor = self.actors[place]  # only now: it may have been replaced while others drained
-            running = self._running.pop(actor.name)
-            if actor.state != "down":
-                actor.state = "draining"
-                self._report()
-                await self._drain(actor, running, deadline)
-            running.cancel()
-            await asyncio.gather(running, return_exceptions=True)
-            actor.state = "stopped"
+        places = reversed(range(len(self.actors)))
+        for _, together in groupby(places, key=lambda place: self.actors[place].kind):
+            await asyncio.gather(*(self._drain_and_stop(place, deadline) for place in together))
         self.actors.clear()
+
+    async def _drain_and_stop(self, place: int, deadline: float) -> None:
+        actor = self.actors[place]  # only now: it may have been replaced while others drained
+        running = self._running.pop(actor.name)
+        if actor.state != "down":
+            actor.state = "draining"
+            self._report()
+            await self._drain(actor, running, deadline)
+        running.cancel()
+        await asyncio.gather(running, return_exceptions=True)
+        actor.state = "stopped"
 
     async def _drain(self, actor: Actor[Any], running: asyncio.Task[None], deadline: float) -> None:
         """Ends also when the actor fails meanwhile: then nobody works for it any more."""

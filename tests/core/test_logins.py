@@ -126,7 +126,7 @@ def test_each_process_ends_with_one_line_when_its_login_is_wrong(tmp_path: Path,
     login = logins.password(tmp_path)
     with NatsServer(*login.options(tmp_path)) as server:
         environ = plain_environ(**logins.environ(login.wrong), NARSIL_NATS_URL=server.url, NARSIL_LOG_LEVEL="warning")
-        ports = ("--http-port", "0", "--metrics-port", "0")
+        ports = ("--http-port", "0", "--grpc-port", "0", "--metrics-port", "0")
         commands = (("executor", "--model", criteo_model), ("batcher",), ("gateway", *ports))
         processes = [narsil(*command, env=environ, stdin=subprocess.DEVNULL) for command in commands]
         for process in processes:

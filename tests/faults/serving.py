@@ -18,7 +18,7 @@ class Serve:
 
     def __init__(self, model: Path, folder: Path, *options: str) -> None:
         self.log = folder / "serve.log"
-        ports = ["--http-port", "0", "--metrics-port", "0", "--nats-port", "0"]
+        ports = ["--http-port", "0", "--grpc-port", "0", "--metrics-port", "0", "--nats-port", "0"]
         self._arguments = ["serve", "--model", model, "--data-dir", folder, *ports, *options]
         self.process: subprocess.Popen[bytes] | None = None
         self.metrics_port = 0
@@ -82,8 +82,16 @@ class Serve:
 
     @property
     def http_port(self) -> int:
-        (detail, *_) = [row["detail"] for row in self.actors() if row["kind"] == "gateway"]
-        return int(re.findall(r":(\d+),", detail)[0])
+        return self._port("http")
+
+    @property
+    def grpc_port(self) -> int:
+        return self._port("grpc")
+
+    def _port(self, door: str) -> int:
+        """Of the first gateway of a kind."""
+        details = [row["detail"] for row in self.actors() if row["kind"] == "gateway"]
+        return int(next(found[1] for detail in details if (found := re.match(rf"{door}://\S+:(\d+),", detail))))
 
     @property
     def nats_url(self) -> str:

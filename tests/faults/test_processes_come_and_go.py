@@ -68,7 +68,7 @@ def test_a_second_gateway_serves_at_once_and_drains_when_told_to(criteo_model: P
     """Readiness goes first, then what is open is answered, then the port closes."""
     port, log = free_port(), tmp_path / "gateway.log"
     with Serve(criteo_model, tmp_path) as serve:
-        options = ["--nats-url", serve.nats_url, "--http-port", str(port)]
+        options = ["--nats-url", serve.nats_url, "--door", "http", "--http-port", str(port)]
         with actor("gateway", tmp_path, *options) as gateway:
             until(lambda: "is ready" in log.read_text(), "a second gateway")
             with Traffic(criteo_model, http=port) as traffic:
@@ -83,7 +83,7 @@ def test_a_second_gateway_serves_at_once_and_drains_when_told_to(criteo_model: P
 def test_several_gateways_share_one_port(criteo_model: Path, tmp_path: Path) -> None:
     """One process's event loop is one core's worth of HTTP; more processes on one port carry more."""
     port = str(free_port())
-    with Serve(criteo_model, tmp_path, "--http-processes", "2", "--http-port", port) as serve:
+    with Serve(criteo_model, tmp_path, "--http-processes", "2", "--http-port", port, "--grpc-processes", "0") as serve:
         assert len(serve.pids("gateway")) == 2
         with Traffic(criteo_model, http=int(port), callers=32) as traffic:
             traffic.answered(MANY)
@@ -137,15 +137,20 @@ def counted(text: str, kind: str, least: int) -> str | None:
 
 
 @pytest.mark.parametrize(
-    ("option", "key"), [("--http-port", "http.port"), ("--metrics-port", "metrics.port"), ("--nats-port", "nats.port")]
-)
+    ("option", "key"),
+    [("--http-port", "http.port"), ("--grpc-port", "grpc.port"), ("--metrics-port", "metrics.port"),
+     ("--nats-port", "nats.port")],
+)  # fmt: skip
 def test_a_taken_port_is_named_with_the_setting_that_chose_it(
     criteo_model: Path, tmp_path: Path, option: str, key: str
 ) -> None:
     """ "Address already in use" alone sends people hunting."""
     with socket.create_server(("127.0.0.1", 0)) as taken:
         port = taken.getsockname()[1]
-        arguments = ["--http-port", "0", "--metrics-port", "0", "--nats-port", "0", option, str(port)]
+        free = [
+            word for flag in ("--http-port", "--grpc-port", "--metrics-port", "--nats-port") for word in (flag, "0")
+        ]
+        arguments = [*free, option, str(port)]
         process = narsil("serve", "--model", criteo_model, "--data-dir", tmp_path, *arguments)
         _, stderr = process.communicate(timeout=PATIENCE_S)
     message = " ".join(re.sub(r"[^\x20-\x7e]", " ", stderr.decode()).split())

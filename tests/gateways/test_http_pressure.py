@@ -190,7 +190,9 @@ def test_sigterm_under_load_loses_no_request(
                 ended.append(repr(error))
 
     with System(nats_server.url, criteo_model), log.open("wb") as err:
-        gateway = narsil("gateway", "--nats-url", nats_server.url, "--http-port", free_port, stderr=err)
+        gateway = narsil(
+            "gateway", "--nats-url", nats_server.url, "--door", "http", "--http-port", free_port, stderr=err
+        )
         try:
             until(lambda: ready(free_port), "it is ready")
             callers = [threading.Thread(target=ask_while_ready, args=(row,)) for row in range(16)]
