@@ -17,17 +17,10 @@ from narsil_stream.gateways.inference import Inference
 from narsil_stream.gateways.metadata import SERVER
 from narsil_stream.schemas.codec import Spelling
 from narsil_stream.schemas.errors import Fault, Refused, invalid, named
-from narsil_stream.schemas.oip import RepositoryAction
+from narsil_stream.schemas.oip import IndexRequest, ModelReady, RepositoryAction, ServerLive, ServerReady
 from narsil_stream.schemas.wire import InferAnswer, InferRequest, JsonError
 
 JSON = ("content-type", "application/json")
-
-
-class IndexRequest(msgspec.Struct):
-    """The body of `POST v2/repository/index`, which may be empty."""
-
-    ready: bool = False
-    """Only the models that are ready."""
 
 
 _decode_index = msgspec.json.Decoder(IndexRequest).decode
@@ -68,11 +61,11 @@ class Verbs:
         return Reply(status, body.content, body.headers + more)
 
     async def live(self, _: Call) -> Reply:
-        return _json(HTTPStatus.OK, {"live": True})
+        return _json(HTTPStatus.OK, ServerLive(True))
 
     async def ready(self, _: Call) -> Reply:
         ready = self._inference.ready
-        return _json(HTTPStatus.OK if ready else HTTPStatus.SERVICE_UNAVAILABLE, {"ready": ready})
+        return _json(HTTPStatus.OK if ready else HTTPStatus.SERVICE_UNAVAILABLE, ServerReady(ready))
 
     async def server_metadata(self, _: Call) -> Reply:
         return _json(HTTPStatus.OK, SERVER)
@@ -80,7 +73,7 @@ class Verbs:
     async def model_ready(self, call: Call) -> Reply:
         ready = self._inference.model_ready(call.model, call.version)
         status = HTTPStatus.OK if ready else HTTPStatus.SERVICE_UNAVAILABLE
-        return _json(status, {"name": call.model, "ready": ready})
+        return _json(status, ModelReady(call.model, ready))
 
     async def model_metadata(self, call: Call) -> Reply:
         return _json(HTTPStatus.OK, await self._inference.metadata(call.model, call.version))
