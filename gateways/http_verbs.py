@@ -11,7 +11,8 @@ from prometheus_client import CollectorRegistry
 from narsil_stream.core.config import Config
 from narsil_stream.core.telemetry import text
 from narsil_stream.gateways.http_body import Bodies, WhileThere
-from narsil_stream.gateways.http_codec import JSON_LENGTH, decode, deflated, encode, is_msgpack
+from narsil_stream.gateways.http_codec import JSON_LENGTH, Body, decode, deflated, encode, is_msgpack
+from narsil_stream.gateways.http_documents import OPENAPI, OPENAPI_HEADERS, PAGE, PAGE_HEADERS
 from narsil_stream.gateways.http_routes import Call, Headers, Reply, Route
 from narsil_stream.gateways.inference import Inference
 from narsil_stream.gateways.metadata import SERVER
@@ -106,6 +107,12 @@ class Verbs:
         exposition = text(self._registry).encode()
         return Reply(HTTPStatus.OK, exposition, [("content-type", "text/plain; version=0.0.4; charset=utf-8")])
 
+    async def openapi(self, call: Call) -> Reply:
+        return _document(call, OPENAPI, OPENAPI_HEADERS)
+
+    async def docs(self, call: Call) -> Reply:
+        return _document(call, PAGE, PAGE_HEADERS)
+
     async def not_offered(self, call: Call) -> Reply:
         raise Refused(Fault.UNIMPLEMENTED, f"{call.scope.path} is an extension of Triton's that is not offered here")
 
@@ -118,6 +125,11 @@ def _read(decoder: Any, body: bytes, default: Any) -> Any:
         return decoder(body)
     except (msgspec.MsgspecError, ValueError, RecursionError) as error:
         raise invalid(f"the body is not what this path takes: {error}") from None
+
+
+def _document(call: Call, content: bytes, headers: Headers) -> Reply:
+    body = deflated(Body(content, headers), call.scope.headers.get("accept-encoding", ""))
+    return Reply(HTTPStatus.OK, body.content, body.headers)
 
 
 def _json(status: int, body: Any) -> Reply:
@@ -178,5 +190,7 @@ ROUTES = (
     Route("POST", "/v2/repository/models/{model}/load", "RepositoryModelLoad", Verbs.load),
     Route("POST", "/v2/repository/models/{model}/unload", "RepositoryModelUnload", Verbs.unload),
     Route("GET", "/metrics", "Metrics", Verbs.metrics),
+    Route("GET", "/openapi.json", "Documents", Verbs.openapi),
+    Route("GET", "/docs", "Documents", Verbs.docs),
     *(Route(method, path, verb, Verbs.not_offered) for method, path, verb in _NOT_OFFERED),
 )

@@ -155,6 +155,45 @@ def test_bags_of_ids(client: Any, criteo_model: Path, count: int) -> None:
     assert np.allclose(client.infer("ctr", tensors).as_numpy("scores"), scores, rtol=0, atol=1e-6)
 
 
+def reconnects(system: System) -> int:
+    """Of all connections to the broker, which cuts those that send it too large a message."""
+    runtimes = [runtime for of_kind in system.runtimes.values() for runtime in of_kind]
+    return sum(int(runtime.bus._nats.stats["reconnects"]) for runtime in runtimes)
+
+
+def test_requests_about_as_large_as_a_message_keep_the_connection(
+    shared_system: System, client: Any, criteo_model: Path
+) -> None:
+    """The broker counts more than the payload; one message too large takes all others on its connection along."""
+    (gateway,) = shared_system.runtimes["gateway"]
+    row_bytes = 4 * 13 + 8 * 26
+    at_the_edge = gateway.bus.max_payload // row_bytes
+    assert at_the_edge < shared_system.config.batch.max_rows
+    rows = some_rows(criteo_model, at_the_edge + 4)
+    for count in range(at_the_edge - 10, at_the_edge + 2):
+        part = rows.part(*range(count))
+        assert right(client.infer("ctr", inputs(part)).as_numpy("scores"), part)
+    assert reconnects(shared_system) == 0
+
+
+def test_a_row_that_no_message_holds_is_413(shared_system: System, client: Any) -> None:
+    """A bag of a million ids cannot be split."""
+    count = 1_000_000
+    tensors = []
+    for name, array in (
+        ("dense", np.zeros((2, 13), np.float32)),
+        ("values", np.ones(count + 51, np.int32)),
+        ("lengths", np.array([[1] * 26, [count] + [1] * 25], np.int32)),
+    ):
+        tensor = triton.InferInput(name, list(array.shape), "FP32" if name == "dense" else "INT32")
+        tensor.set_data_from_numpy(array)
+        tensors.append(tensor)
+    with pytest.raises(triton.InferenceServerException, match="row 1 has 40") as refused:
+        client.infer("ctr", tensors)
+    assert refused.value.status() == "413"
+    assert reconnects(shared_system) == 0
+
+
 def test_a_wrong_id_in_a_split_request_is_named_by_its_own_row(client: Any, criteo_model: Path) -> None:
     """The caller knows nothing of the parts."""
     rows = some_rows(criteo_model, 6_000)
