@@ -1,4 +1,4 @@
-"""What the HTTP gateway says of itself: the OpenAPI document, and a page that shows it and fetches nothing from elsewhere.
+"""What the HTTP gateway says of itself: the OpenAPI document, and a page that shows it, with nothing from elsewhere.
 
 The page is one file with one style and one script. Its policy lets the browser run these two and no other, and talk to
 this server alone: whatever a document, a model's name or an answer may hold, none of it can become a program.
