@@ -13,7 +13,7 @@ from msgspec import Struct
 from narsil_stream.schemas import codec, subjects
 from narsil_stream.schemas.codec import Spelling
 from narsil_stream.schemas.describe import Schema, as_json, components, ref
-from narsil_stream.schemas.errors import Fault
+from narsil_stream.schemas.errors import Fault, error_table
 from narsil_stream.schemas.internal import (
     Answers,
     Asking,
@@ -237,11 +237,6 @@ def _operations() -> dict[str, Schema]:
         "statistics": _operation("receive", "statistics", "A batcher says what it has counted.", "counted"),
         "report": _operation("send", "report", "A process reports to `narsil serve`."),
     }
-
-
-def error_table() -> dict[str, Schema]:
-    """Each fault's HTTP and NATS service error code, gRPC code, and whether a retry may succeed."""
-    return {fault.name: {"http": fault.http, "grpc": fault.grpc, "retry": fault.retry} for fault in Fault}
 
 
 def document() -> dict[str, Any]:

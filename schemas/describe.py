@@ -1,4 +1,4 @@
-"""Structs as JSON Schema (draft 7, which AsyncAPI 3.0 speaks), with the docstrings of their fields.
+"""Structs as JSON Schema, with the docstrings of their fields: draft 7 for AsyncAPI 3.0, or 2020-12 for OpenAPI 3.1.
 
 msgspec's own schemas leave positions without names and call raw bytes base64, which is true of JSON only: a Struct that
 is an array in msgpack is described here as that array, item by item.
@@ -59,6 +59,18 @@ def components(*roots: type[Struct]) -> dict[str, Schema]:
     return dict(sorted(found.items()))
 
 
+def in_2020_12(schema: Any) -> Any:
+    """The same in the newer dialect, which says otherwise how the items of a tuple are given."""
+    if isinstance(schema, list):
+        return [in_2020_12(part) for part in schema]
+    if not isinstance(schema, dict):
+        return schema
+    if isinstance(schema.get("items"), list):
+        items = {"prefixItems": schema["items"], "items": schema["additionalItems"]}
+        schema = {name: value for name, value in schema.items() if name not in ("items", "additionalItems")} | items
+    return {name: in_2020_12(value) for name, value in schema.items()}
+
+
 def ref(kind: type[Struct]) -> Schema:
     return {"$ref": REF + kind.__name__}
 
@@ -113,7 +125,7 @@ def _field(kind: StructType, field: Field) -> Schema:
         schema = {"allOf": [schema]}
     if kind.array_like:
         schema["title"] = field.encode_name
-    said = _docstrings(kind.cls).get(field.name)
+    said = next((found[field.name] for c in kind.cls.__mro__ if field.name in (found := _docstrings(c))), "")
     if said:
         schema["description"] = said
     if field.default is not NODEFAULT:
@@ -159,7 +171,9 @@ def _constraints(kind: Type, names: dict[str, str]) -> Schema:
 
 @functools.cache
 def _docstrings(kind: type) -> dict[str, str]:
-    """The string below each field."""
+    """The string below each field, of those that this class itself defines."""
+    if not issubclass(kind, Struct) or kind is Struct:
+        return {}
     tree = ast.parse(textwrap.dedent(inspect.getsource(kind))).body[0]
     assert isinstance(tree, ast.ClassDef)
     said = {}
