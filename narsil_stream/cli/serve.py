@@ -109,7 +109,7 @@ def examples(config: Config, card: ModelCard) -> list[str]:
     flag = "" if known else f" --nats-url {shlex.quote(url)}"
     scheme = "https" if config.access.tls_cert else "http"
     http = shlex.quote(f"{scheme}://{address(config.http.host, config.http.port)}/v2/models/{name}/infer")
-    token = ' -H "authorization: Bearer $NARSIL_TOKEN"' if config.access.tokens_file else ""
+    token = ' -H "authorization: Bearer $TOKEN"' if config.access.tokens_file else ""
     return [
         *([f"curl -s{token} {http} -d '{body}'"] if config.http.processes else []),
         f"printf '%s' '{body}' | {_narsil()} request{flag} --model {name}",

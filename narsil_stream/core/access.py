@@ -112,7 +112,8 @@ class TokensFile:
             self._say(str(error))
             return
         self._problem = ""
-        log.info("%s: %d tokens are let in now", self._path, len(self._known))
+        level = logging.INFO if self._known else logging.WARNING
+        log.log(level, "%s: %d tokens are let in now", self._path, len(self._known))
 
     def _say(self, problem: str) -> None:
         if problem != self._problem:

@@ -12,6 +12,7 @@ from narsil_stream.core.config import AccessConfig, Config, GrpcConfig, HttpConf
 from narsil_stream.core.tokens import Known, Scope
 from narsil_stream.schemas.errors import Fault, Refused
 
+DOCS = Path(__file__).parents[2] / "docs" / "security.md"
 INFER, ADMIN, BOTH = frozenset[Scope]({"infer"}), frozenset[Scope]({"admin"}), frozenset[Scope]({"infer", "admin"})
 
 
@@ -68,6 +69,14 @@ def test_only_liveness_and_readiness_are_open_to_all():
         "RepositoryModelLoad",
         "RepositoryModelUnload",
     }
+
+
+def test_the_documentation_has_the_verbs_as_they_are():
+    """Who hands out a token looks there for what it opens."""
+    text = DOCS.read_text()
+    for need, said in {"NOTHING": "none", "READ": "infer or admin", "INFER": "infer", "ADMIN": "admin"}.items():
+        verbs = [verb for verb, needed in VERBS.items() if needed is Need[need]]
+        assert f"| {', '.join(verbs)} | {said} |" in text
 
 
 def test_the_refusal_says_what_is_needed_and_nothing_of_the_token(file: Path):

@@ -9,6 +9,7 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
+import msgspec
 import nats
 import pytest
 
@@ -17,6 +18,7 @@ from narsil_stream.core.client import BlockingClient
 from narsil_stream.core.config import NatsConfig
 from narsil_stream.core.permissions import ROLES, as_docs
 from narsil_stream.schemas import subjects
+from narsil_stream.schemas.internal import Report
 from tests.asking import Producer, ask_http, infer_json, json_scores, some_rows
 from tests.support import NatsServer, System, invoke, until
 
@@ -200,6 +202,9 @@ def test_the_whole_system_works_with_a_key_for_each_part(tmp_path: Path, criteo_
                         for kind in ("batcher", "executor"):
                             system.submit(system.runtimes[kind][0].drain()).result(20)
             with Producer(broker.url, **broker.raw("admin")) as admin:
+                heard, reporting = admin.listen(subjects.REPORT), set[str]()
+                while reporting < {"executor", "batcher", "gateway"}:
+                    reporting.add(msgspec.msgpack.decode(admin.next(heard).data, type=Report).kind)
                 for verb in ("PING", "INFO", "STATS"):
                     answers = [json.loads(message.data) for message in admin.ask_all(f"$SRV.{verb}", count=3)]
                     kinds = {answer["name"] for answer in answers}
