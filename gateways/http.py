@@ -6,6 +6,7 @@ import logging
 from http import HTTPStatus
 
 from granian.constants import HTTPModes, Interfaces
+from granian.http import HTTP1Settings, HTTP2Settings
 from granian.rsgi import HTTPProtocol, Scope
 from granian.server.embed import Server
 
@@ -24,6 +25,11 @@ log = logging.getLogger(__name__)
 
 PARALLEL = 8_192
 """Requests that one gateway process works on at a time; more wait in their sockets."""
+HEADER_BYTES = 64 << 10
+STREAMS = 256
+"""At a time on one HTTP/2 connection."""
+PING_MS = 30_000
+"""A HTTP/2 connection without traffic is checked this often."""
 
 
 class HttpGateway(Actor[None]):
@@ -60,6 +66,10 @@ class HttpGateway(Actor[None]):
                 websockets=False,
                 backlog=1_024,
                 backpressure=PARALLEL,
+                http1_settings=HTTP1Settings(header_read_timeout=http.body_timeout_ms, max_buffer_size=HEADER_BYTES),
+                http2_settings=HTTP2Settings(
+                    keep_alive_interval=PING_MS, max_concurrent_streams=STREAMS, max_headers_size=HEADER_BYTES
+                ),
                 log_enabled=False,
             )
             self._serving = asyncio.create_task(self._server.serve(), name=f"{self.name} http")
@@ -112,6 +122,8 @@ class HttpGateway(Actor[None]):
         self._open += 1
         try:
             reply = await self._reply(scope, proto)
+            if self._inference.closing and scope.http_version.startswith("1"):
+                reply.headers.append(("connection", "close"))  # or the next request could meet a closed connection
             proto.response_bytes(reply.status, reply.headers, reply.body)
         finally:
             self._open -= 1

@@ -1,12 +1,9 @@
-"""The paths of the HTTP gateway: which verb is where, and who may call it."""
+"""The paths of the HTTP gateway: which verb is where."""
 
 from collections.abc import Awaitable, Callable
-from typing import Any, Literal, NamedTuple
+from typing import Any, NamedTuple
 
 from granian.rsgi import HTTPProtocol, Scope
-
-Need = Literal["nothing", "infer", "admin"]
-"""The scope of a token that a caller must have, where tokens are asked for."""
 
 
 Headers = list[tuple[str, str]]
@@ -34,7 +31,8 @@ class Route(NamedTuple):
     method: str
     path: str
     """{model} and {version} stand for a name each."""
-    need: Need
+    verb: str
+    """As `inference.GRPCInferenceService` calls it: what a caller may do is decided by it, the same on every door."""
     handler: Handler
 
 

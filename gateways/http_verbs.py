@@ -146,45 +146,44 @@ def retry_after(us: int) -> Headers:
     return [("retry-after", str(math.ceil(us / 1e6)))] if us else []
 
 
-def _model_routes(method: str, path: str, handler: Any) -> list[Route]:
+def _model_routes(method: str, path: str, verb: str, handler: Any) -> list[Route]:
     """With and without a version."""
     return [
-        Route(method, f"/v2/models/{{model}}{version}{path}", "infer", handler)
-        for version in ("", "/versions/{version}")
+        Route(method, f"/v2/models/{{model}}{version}{path}", verb, handler) for version in ("", "/versions/{version}")
     ]
 
 
 _NOT_OFFERED = (
-    ("GET", "/v2/systemsharedmemory/status"),
-    ("GET", "/v2/systemsharedmemory/region/{model}/status"),
-    ("POST", "/v2/systemsharedmemory/region/{model}/register"),
-    ("POST", "/v2/systemsharedmemory/unregister"),
-    ("POST", "/v2/systemsharedmemory/region/{model}/unregister"),
-    ("GET", "/v2/cudasharedmemory/status"),
-    ("GET", "/v2/cudasharedmemory/region/{model}/status"),
-    ("POST", "/v2/cudasharedmemory/region/{model}/register"),
-    ("POST", "/v2/cudasharedmemory/unregister"),
-    ("POST", "/v2/cudasharedmemory/region/{model}/unregister"),
-    ("GET", "/v2/trace/setting"),
-    ("POST", "/v2/trace/setting"),
-    ("GET", "/v2/logging"),
-    ("POST", "/v2/logging"),
+    ("GET", "/v2/systemsharedmemory/status", "SystemSharedMemoryStatus"),
+    ("GET", "/v2/systemsharedmemory/region/{region}/status", "SystemSharedMemoryStatus"),
+    ("POST", "/v2/systemsharedmemory/region/{region}/register", "SystemSharedMemoryRegister"),
+    ("POST", "/v2/systemsharedmemory/unregister", "SystemSharedMemoryUnregister"),
+    ("POST", "/v2/systemsharedmemory/region/{region}/unregister", "SystemSharedMemoryUnregister"),
+    ("GET", "/v2/cudasharedmemory/status", "CudaSharedMemoryStatus"),
+    ("GET", "/v2/cudasharedmemory/region/{region}/status", "CudaSharedMemoryStatus"),
+    ("POST", "/v2/cudasharedmemory/region/{region}/register", "CudaSharedMemoryRegister"),
+    ("POST", "/v2/cudasharedmemory/unregister", "CudaSharedMemoryUnregister"),
+    ("POST", "/v2/cudasharedmemory/region/{region}/unregister", "CudaSharedMemoryUnregister"),
+    ("GET", "/v2/trace/setting", "TraceSetting"),
+    ("POST", "/v2/trace/setting", "TraceSetting"),
+    ("GET", "/v2/logging", "LogSettings"),
+    ("POST", "/v2/logging", "LogSettings"),
 )
 """Triton's own extensions whose clients get a clear answer."""
 
 ROUTES = (
-    *_model_routes("POST", "/infer", Verbs.infer),
-    Route("GET", "/v2/health/live", "nothing", Verbs.live),
-    Route("GET", "/v2/health/ready", "nothing", Verbs.ready),
-    Route("GET", "/v2", "infer", Verbs.server_metadata),
-    *_model_routes("GET", "/ready", Verbs.model_ready),
-    *_model_routes("GET", "", Verbs.model_metadata),
-    *_model_routes("GET", "/config", Verbs.model_config),
-    *_model_routes("GET", "/stats", Verbs.statistics),
-    Route("GET", "/v2/models/stats", "infer", Verbs.statistics),
-    Route("POST", "/v2/repository/index", "infer", Verbs.index),
-    Route("POST", "/v2/repository/models/{model}/load", "admin", Verbs.load),
-    Route("POST", "/v2/repository/models/{model}/unload", "admin", Verbs.unload),
-    Route("GET", "/metrics", "infer", Verbs.metrics),
-    *(Route(method, path, "admin", Verbs.not_offered) for method, path in _NOT_OFFERED),
+    *_model_routes("POST", "/infer", "ModelInfer", Verbs.infer),
+    Route("GET", "/v2/health/live", "ServerLive", Verbs.live),
+    Route("GET", "/v2/health/ready", "ServerReady", Verbs.ready),
+    Route("GET", "/v2", "ServerMetadata", Verbs.server_metadata),
+    *_model_routes("GET", "/ready", "ModelReady", Verbs.model_ready),
+    *_model_routes("GET", "", "ModelMetadata", Verbs.model_metadata),
+    *_model_routes("GET", "/config", "ModelConfig", Verbs.model_config),
+    *_model_routes("GET", "/stats", "ModelStatistics", Verbs.statistics),
+    Route("GET", "/v2/models/stats", "ModelStatistics", Verbs.statistics),
+    Route("POST", "/v2/repository/index", "RepositoryIndex", Verbs.index),
+    Route("POST", "/v2/repository/models/{model}/load", "RepositoryModelLoad", Verbs.load),
+    Route("POST", "/v2/repository/models/{model}/unload", "RepositoryModelUnload", Verbs.unload),
+    Route("GET", "/metrics", "Metrics", Verbs.metrics),
+    *(Route(method, path, verb, Verbs.not_offered) for method, path, verb in _NOT_OFFERED),
 )
