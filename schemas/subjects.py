@@ -36,6 +36,21 @@ def describe(actor: str) -> str:
     return f"narsil.v1.describe.{actor}"
 
 
+def statistics(actor: str) -> str:
+    """Request/reply: what a batcher has counted for each model."""
+    return f"narsil.v1.statistics.{actor}"
+
+
+def repository(actor: str) -> str:
+    """Directed messages to one executor: what is in its model repository?"""
+    return f"narsil.v1.repository.{actor}"
+
+
+def admin(actor: str) -> str:
+    """Directed messages to one executor that change what it serves. Permissions keep everybody else out of `admin`."""
+    return f"narsil.v1.admin.executor.{actor}"
+
+
 def reserved(reply: str) -> bool:
     """Whether a reply subject is one that a producer must not make a batcher publish to."""
     return reply.startswith(("narsil.", "$")) or reply in ("narsil", "$")

@@ -24,7 +24,8 @@ from msgspec.structs import replace
 from numpy.typing import NDArray
 
 from narsil_stream.actors.batcher import Batcher
-from narsil_stream.actors.executor import Executor, load
+from narsil_stream.actors.executor import Executor
+from narsil_stream.actors.repository import Repository
 from narsil_stream.cli import cli
 from narsil_stream.core.actor import Actor
 from narsil_stream.core.bus import Bus
@@ -216,7 +217,8 @@ class System:
             return GrpcGateway(self.config, bus)
         if kind == "batcher":
             return Batcher(self.config, bus)
-        return Executor(self.config, bus, lambda: [load(folder, self._loader) for folder in self._models])
+        folder = self.config.model_repository
+        return Executor(self.config, bus, Repository(self._models, Path(folder) if folder else None), self._loader)
 
     async def _wait_served(self) -> None:
         wanted = {(spec.name, spec.version) for spec in map(read_spec, self._models)}

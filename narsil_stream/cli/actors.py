@@ -5,10 +5,11 @@ import os
 import sys
 from collections.abc import Awaitable, Callable, Iterator
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import rich_click as click
 import uvloop
+from msgspec.structs import replace
 
 from narsil_stream.actors.processes import CANNOT_SUCCEED
 from narsil_stream.cli.options import config_options
@@ -19,7 +20,13 @@ from narsil_stream.core.ports import PortTaken, free_port
 from narsil_stream.core.runtime import Runtime
 from narsil_stream.schemas.errors import Refused
 
+if TYPE_CHECKING:
+    from narsil_stream.actors.repository import Repository
+
 Start = Callable[[Runtime], Awaitable[Any]]
+
+MODELS = ("model", "model_repository", "model_control", "load_models")
+"""Settings that say what is served."""
 
 parent = click.option(
     "--parent",
@@ -96,10 +103,10 @@ def batcher(loaded: Loaded, token: str) -> None:
 
 
 @click.command()
-@config_options("model", "backend", "nats", "executor", "timing", "metrics", "batch.max_rows", "data_dir")
+@config_options(*MODELS, "backend", "nats", "executor", "timing", "metrics", "batch.max_rows", "data_dir")
 @parent
 def executor(loaded: Loaded, token: str) -> None:
-    """Run an executor: it loads a model and computes batches.
+    """Run an executor: it loads models and computes batches.
 
     Example: narsil executor --nats-url nats://broker:4222 --model models/ctr
     """
@@ -131,13 +138,26 @@ async def _start_batcher(runtime: Runtime) -> None:
 
 
 async def _start_executor(runtime: Runtime) -> None:
-    from narsil_stream.actors.executor import Executor, load
+    from narsil_stream.actors.executor import Executor
     from narsil_stream.kernels import families
 
     config = runtime.config
-    choice = families.choose(config.backend)
-    artifact = Path(config.model) if config.model else demo_model(config)
-    await runtime.start(lambda: Executor(config, runtime.bus, lambda: [load(artifact, choice.load)]))
+    choice, artifacts = families.choose(config.backend), repository(config)
+    await runtime.start(lambda: Executor(config, runtime.bus, artifacts, choice.load))
+
+
+def repository(config: Config) -> "Repository":
+    """What an executor may serve. Raises ArtifactError when the demo model is wanted and cannot be made."""
+    from narsil_stream.actors.repository import Repository
+
+    config = with_demo_model(config)
+    models = [Path(config.model)] if config.model else []
+    return Repository(models, Path(config.model_repository) if config.model_repository else None)
+
+
+def with_demo_model(config: Config) -> Config:
+    """The demo model is for who has nothing else."""
+    return config if config.model or config.model_repository else replace(config, model=str(demo_model(config)))
 
 
 def demo_model(config: Config) -> Path:

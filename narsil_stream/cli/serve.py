@@ -10,7 +10,6 @@ from typing import TYPE_CHECKING
 
 import rich_click as click
 import uvloop
-from msgspec.structs import replace
 
 from narsil_stream.cli.options import config_options
 from narsil_stream.core import logs
@@ -29,19 +28,20 @@ if TYPE_CHECKING:
 def serve(loaded: Loaded) -> None:
     """Run the whole pipeline on this machine: broker, HTTP and gRPC gateway, batcher, executor, each a process.
 
-    Without `--model` a demo model called dlrm is made and served. Ctrl-C drains: what was accepted is answered first.
+    Without a model or a repository of models a demo model called dlrm is made and served. Ctrl-C drains: what was
+    accepted is answered first.
 
     Examples: narsil serve; narsil serve --model models/ctr --http-port 9000; narsil serve --mode inline
     """
     from narsil_stream.actors.supervisor import StartFailed, Supervisor
-    from narsil_stream.cli.actors import demo_model
-    from narsil_stream.kernels.artifact import ArtifactError, read_spec
+    from narsil_stream.cli.actors import repository, with_demo_model
+    from narsil_stream.kernels.artifact import ArtifactError
 
     config = loaded.config
     logs.setup(config.log_level, config.log_format, "serve")
     try:
-        config = replace(config, model=config.model or str(demo_model(config)))
-        read_spec(Path(config.model))
+        config = with_demo_model(config)
+        repository(config).at_start(config.loaded_names if config.model_control == "explicit" else None)
         code = uvloop.run(Supervisor(config, show).run())
     except (ArtifactError, PortTaken, StartFailed, OSError) as error:
         raise click.ClickException(str(error)) from None

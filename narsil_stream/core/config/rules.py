@@ -5,6 +5,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from narsil_stream.core.config.schema import Config, NatsConfig
+from narsil_stream.schemas.model import NAME
 
 Broken = tuple[str, tuple[str, ...]]
 ADDRESS = re.compile(r"(nats|tls|wss?)://\S+")
@@ -20,6 +21,7 @@ def broken(config: Config) -> Iterator[Broken]:
     yield from _batching(config)
     yield from _ports(config)
     yield from _inline(config)
+    yield from _models(config)
     yield from _login(config.nats)
     yield from _address(config.nats)
     yield from _hash(config.nats)
@@ -67,6 +69,17 @@ def _inline(config: Config) -> Iterator[Broken]:
     many = tuple(key for key, count in counts.items() if count > 1)
     if config.mode == "inline" and many:
         yield "inline runs one gateway, one batcher and one executor in one process", ("mode", *many)
+
+
+def _models(config: Config) -> Iterator[Broken]:
+    if config.load_models and config.model_control != "explicit":
+        yield "without explicit control every model is loaded at start", ("load_models", "model_control")
+    if config.load_models and not config.model_repository:
+        yield "models that are loaded by name need a repository that holds them", ("load_models", "model_repository")
+    for name in config.loaded_names:
+        if not NAME.fullmatch(name) and name != "*":
+            yield f"a model's name matches {NAME.pattern}", ("load_models",)
+            return
 
 
 def _login(nats: NatsConfig) -> Iterator[Broken]:

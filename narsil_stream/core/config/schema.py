@@ -12,6 +12,7 @@ from typing import Annotated, Any, Literal
 from msgspec import Meta, Struct, field
 
 Mode = Literal["batch", "worker", "inline"]
+ModelControl = Literal["none", "explicit"]
 BackendName = Literal["auto", "reference"]
 LogLevel = Literal["debug", "info", "warning", "error"]
 LogFormat = Literal["text", "json"]
@@ -383,8 +384,31 @@ class Config(Struct, frozen=True, forbid_unknown_fields=True):
     model: Annotated[
         str,
         Meta(
-            description='Folder of the model artifact to serve. "": a demo model, made in data_dir on first start.',
+            description='Folder of the model artifact to serve. "": those of model_repository, or without one a demo '
+            "model, made in data_dir on first start.",
             extra=PATH,
+        ),
+    ] = ""
+    model_repository: Annotated[
+        str,
+        Meta(
+            description="Folder of model artifacts, as <folder>/model.json or <model>/<version>/model.json; names and "
+            'versions are those of model.json. Executors read it. "": none.',
+            extra=PATH,
+        ),
+    ] = ""
+    model_control: Annotated[
+        ModelControl,
+        Meta(
+            description="none: the newest version of each model in model_repository is served, and that of model; "
+            "explicit: model and load_models at first, then whatever clients with that right load and unload."
+        ),
+    ] = "none"
+    load_models: Annotated[
+        str,
+        Meta(
+            description="Names of models in model_repository to load at start, separated by commas, when "
+            "model_control is explicit. *: all. An executor that joins others serves what they serve."
         ),
     ] = ""
     data_dir: Annotated[
@@ -410,3 +434,8 @@ class Config(Struct, frozen=True, forbid_unknown_fields=True):
     batch: BatchConfig = BatchConfig()
     executor: ExecutorConfig = ExecutorConfig()
     timing: TimingConfig = TimingConfig()
+
+    @property
+    def loaded_names(self) -> tuple[str, ...]:
+        """`load_models` as names; "*" stands for all."""
+        return tuple(name.strip() for name in self.load_models.split(",") if name.strip())
