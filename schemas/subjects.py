@@ -19,6 +19,8 @@ ADMIN = "narsil.v1.admin"
 
 INBOX = "_INBOX.narsil"
 """Answers come below it, see `inbox`."""
+DONE = "done"
+"""In the name of an inbox: executors may answer there, see `permissions`."""
 
 
 def inbox(user: str = "") -> str:
@@ -62,7 +64,7 @@ def repository(actor: str) -> str:
 
 def admin(actor: str) -> str:
     """Directed messages to one executor that change what it serves. Permissions keep everybody else out of `admin`."""
-    return f"narsil.v1.admin.executor.{actor}"
+    return f"{ADMIN}.executor.{actor}"
 
 
 def reserved(reply: str) -> bool:

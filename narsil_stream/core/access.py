@@ -30,6 +30,7 @@ class Need(enum.Enum):
 VERBS = {
     "ServerLive": Need.NOTHING,
     "ServerReady": Need.NOTHING,
+    "Documents": Need.NOTHING,
     "ModelReady": Need.READ,
     "ServerMetadata": Need.READ,
     "ModelMetadata": Need.READ,
@@ -58,6 +59,11 @@ class Access:
         path = config.access.tokens_file
         self._file = TokensFile(Path(path)) if path else None
         self._trusting = config.insecure or loopback(getattr(config, door).host)
+
+    @property
+    def reads_tokens(self) -> bool:
+        """Otherwise `check` needs no header."""
+        return self._file is not None
 
     def check(self, authorization: str | None, verb: str) -> None:
         """Whether a caller with that `authorization` header may use `verb`, see `VERBS`.

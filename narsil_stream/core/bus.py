@@ -111,9 +111,12 @@ class Bus:
     def _address(self) -> str:
         return self._config.url or f"nats://{address(self._config.host, self._config.port)}"
 
-    def new_inbox(self) -> str:
-        """A subject for answers that nobody can guess, and that a broker can keep for this login. Once connected."""
-        return f"{self._inboxes}.{secrets.token_hex(8)}"
+    def new_inbox(self, kind: str = "") -> str:
+        """A subject for answers that nobody can guess, and that a broker can keep for this login. Once connected.
+
+        `kind` becomes a part of its name, by which a broker can tell who may answer.
+        """
+        return ".".join(filter(None, (self._inboxes, kind, secrets.token_hex(8))))
 
     @property
     def connected(self) -> bool:

@@ -44,7 +44,15 @@ CLIENT = PRODUCER | Permissions(
     (subjects.BATCHER_BEAT,),
 )
 GATEWAY = Permissions(
-    (subjects.ask(ANY), subjects.describe(ANY), subjects.HELLO, subjects.REPORT, f"{subjects.ADMIN}.>"),
+    (
+        subjects.ask(ANY),
+        subjects.describe(ANY),
+        subjects.statistics(ANY),
+        subjects.repository(ANY),
+        subjects.admin(ANY),
+        subjects.HELLO,
+        subjects.REPORT,
+    ),
     (subjects.BATCHER_BEAT, subjects.EXECUTOR_BEAT, *_service("gateway")),
     responses=True,
 )
@@ -62,18 +70,27 @@ BATCHER = Permissions(
         subjects.ask(ANY),
         subjects.batcher(ANY),
         subjects.describe(ANY),
+        subjects.statistics(ANY),
         subjects.EXECUTOR_BEAT,
         subjects.HELLO,
         *_service("batcher"),
     ),
 )
 EXECUTOR = Permissions(
-    (subjects.batcher(ANY), subjects.EXECUTOR_BEAT, subjects.HELLO, subjects.REPORT),
+    (
+        subjects.batcher(ANY),
+        subjects.EXECUTOR_BEAT,
+        subjects.HELLO,
+        subjects.REPORT,
+        f"{subjects.inbox(ANY)}.{subjects.DONE}.{ANY}",  # a load takes longer than the server remembers a reply subject
+    ),
     (
         subjects.executor(ANY),
         subjects.describe(ANY),
-        f"{subjects.ADMIN}.executor.{ANY}",
+        subjects.repository(ANY),
+        subjects.admin(ANY),
         subjects.BATCHER_BEAT,
+        subjects.EXECUTOR_BEAT,  # a newcomer serves what the others serve
         subjects.HELLO,
         *_service("executor"),
     ),
@@ -82,7 +99,14 @@ EXECUTOR = Permissions(
 )
 SERVE = GATEWAY | BATCHER | EXECUTOR | CLIENT | Permissions((), (subjects.REPORT,))
 ADMIN = Permissions(
-    (f"{subjects.ADMIN}.>", f"{PREFIX}.>", subjects.describe(ANY), subjects.HELLO),
+    (
+        subjects.admin(ANY),
+        subjects.repository(ANY),
+        subjects.statistics(ANY),
+        subjects.describe(ANY),
+        f"{PREFIX}.>",
+        subjects.HELLO,
+    ),
     (subjects.BATCHER_BEAT, subjects.EXECUTOR_BEAT, subjects.REPORT),
 )
 

@@ -24,29 +24,33 @@ from tests.support import NatsServer, System, invoke, until
 
 DOCS = Path(__file__).parents[2] / "docs" / "security.md"
 OTHER = subjects.inbox("UOTHER") + ".0011223344556677"
-NAMES = {"infer": "ctr", "inbox": "UOTHER", "ask": "b-1", "batcher": "b-1", "executor": "e-1", "describe": "e-1"}
+DONE = f"{subjects.inbox('UOTHER')}.{subjects.DONE}.0011223344556677"
+NAMES = {"infer": "ctr", "inbox": "UOTHER", "ask": "b-1", "batcher": "b-1", "executor": "e-1", "describe": "e-1",
+         "statistics": "b-1", "repository": "e-1", "admin": "e-1"}  # fmt: skip
 
 DENIED_PUBLISH = {
-    "producer": ["ask", "batcher", "executor", "describe", "BATCHER_BEAT", "EXECUTOR_BEAT", "HELLO", "REPORT", "ADMIN",
-                 OTHER, "$SRV.PING", "_INBOX.x"],
-    "client": ["batcher", "executor", "BATCHER_BEAT", "EXECUTOR_BEAT", "REPORT", "ADMIN", OTHER, "$SRV.PING"],
-    "gateway": ["infer", "batcher", "executor", "BATCHER_BEAT", "EXECUTOR_BEAT", OTHER, "$SRV.PING"],
-    "batcher": ["infer", "ask", "batcher", "EXECUTOR_BEAT", "ADMIN", "$SRV.PING", "scores.feed"],
-    "executor": ["infer", "ask", "executor", "describe", "BATCHER_BEAT", "ADMIN", OTHER, "$SRV.PING"],
-    "admin": ["infer", "ask", "batcher", "executor", "BATCHER_BEAT", "EXECUTOR_BEAT", "REPORT", OTHER],
+    "producer": ["ask", "batcher", "executor", "describe", "statistics", "repository", "admin", "BATCHER_BEAT",
+                 "EXECUTOR_BEAT", "HELLO", "REPORT", OTHER, DONE, "$SRV.PING", "_INBOX.x"],
+    "client": ["batcher", "executor", "statistics", "repository", "admin", "BATCHER_BEAT", "EXECUTOR_BEAT", "REPORT",
+               OTHER, DONE, "$SRV.PING"],
+    "gateway": ["infer", "batcher", "executor", "BATCHER_BEAT", "EXECUTOR_BEAT", OTHER, DONE, "$SRV.PING"],
+    "batcher": ["infer", "ask", "batcher", "statistics", "repository", "admin", "EXECUTOR_BEAT", "$SRV.PING",
+                "scores.feed"],
+    "executor": ["infer", "ask", "executor", "describe", "statistics", "repository", "admin", "BATCHER_BEAT", OTHER,
+                 "$SRV.PING"],
+    "admin": ["infer", "ask", "batcher", "executor", "BATCHER_BEAT", "EXECUTOR_BEAT", "REPORT", OTHER, DONE],
     "serve": ["scores.feed", "$SRV.PING"],
 }  # fmt: skip
-EVERYTHING = [">", "narsil.>", "narsil.v1.>", "_INBOX.>", "_INBOX.narsil.>", OTHER]
+EVERYTHING = [">", "narsil.>", "narsil.v1.>", f"{subjects.ADMIN}.>", "_INBOX.>", "_INBOX.narsil.>", OTHER, DONE]
+ACTORS = ["infer", "ask", "batcher", "executor", "statistics", "repository", "admin"]
 DENIED_SUBSCRIBE = {
-    "producer": ["infer", "ask", "batcher", "executor", "describe", "BATCHER_BEAT", "EXECUTOR_BEAT", "HELLO", "REPORT",
-                 "ADMIN", "$SRV.PING"],
-    "client": ["infer", "ask", "batcher", "executor", "describe", "EXECUTOR_BEAT", "HELLO", "REPORT", "ADMIN",
-               "$SRV.PING"],
-    "gateway": ["infer", "ask", "batcher", "executor", "describe", "HELLO", "REPORT", "ADMIN"],
-    "batcher": ["infer", "executor", "BATCHER_BEAT", "REPORT", "ADMIN"],
-    "executor": ["infer", "ask", "batcher", "EXECUTOR_BEAT", "REPORT", "narsil.v1.admin.>"],
-    "admin": ["infer", "ask", "batcher", "executor", "describe", "HELLO", "ADMIN", "$SRV.PING"],
-    "serve": ["infer", "narsil.v1.admin.>"],
+    "producer": [*ACTORS, "describe", "BATCHER_BEAT", "EXECUTOR_BEAT", "HELLO", "REPORT", "$SRV.PING"],
+    "client": [*ACTORS, "describe", "EXECUTOR_BEAT", "HELLO", "REPORT", "$SRV.PING"],
+    "gateway": [*ACTORS, "describe", "HELLO", "REPORT"],
+    "batcher": ["infer", "executor", "repository", "admin", "BATCHER_BEAT", "REPORT"],
+    "executor": ["infer", "ask", "batcher", "statistics", "REPORT"],
+    "admin": [*ACTORS, "describe", "HELLO", "$SRV.PING"],
+    "serve": ["infer"],
 }  # fmt: skip
 
 
@@ -88,7 +92,7 @@ def subject(name: str) -> str:
     what = getattr(subjects, name, name)
     if callable(what):
         return str(what(NAMES[name]))
-    return f"{what}.executor.e-1" if name == "ADMIN" else str(what)
+    return f"{what}.executor.e-1" if what == subjects.ADMIN else str(what)
 
 
 def denied(broker: Broker, role: str, wanted: str, action: str) -> bool:
@@ -162,7 +166,9 @@ def test_every_subject_is_said_by_somebody_and_heard_by_somebody():
     known = {name for name, what in vars(subjects).items() if _is_subject(name, what)}
     for direction in ("publish", "subscribe"):
         allowed = [one for role in ROLES.values() for one in getattr(role.permissions, direction)]
-        missing = {name for name in known - {"inbox", "INBOX"} if not any(covers(a, subject(name)) for a in allowed)}
+        missing = {
+            name for name in known - {"inbox", "INBOX", "DONE"} if not any(covers(a, subject(name)) for a in allowed)
+        }
         assert missing == set(), direction
 
 
@@ -194,6 +200,11 @@ def test_the_whole_system_works_with_a_key_for_each_part(tmp_path: Path, criteo_
                     assert json_scores(answer) == pytest.approx(rows.scores, abs=1e-6)
                     over_http = ask_http(system.http_port, "POST", "/v2/models/ctr/infer", infer_json(rows))
                     assert json_scores(over_http.json) == pytest.approx(rows.scores, abs=1e-6)
+                    asked = ask_http(system.http_port, "GET", "/v2/models/stats").json["model_stats"]
+                    assert asked[0]["inference_stats"]["success"]["count"] > 0
+                    assert ask_http(system.http_port, "POST", "/v2/repository/index").json[0]["state"] == "READY"
+                    loaded = ask_http(system.http_port, "POST", "/v2/repository/models/ctr/load")
+                    assert (loaded.status, loaded.json["code"]) == (403, "PERMISSION_DENIED")
                     with BlockingClient(broker.login("client")) as client:
                         scores = client.score("ctr", dense=rows.dense, sparse=rows.ids)
                         assert scores == pytest.approx(rows.scores, abs=1e-6)
