@@ -26,6 +26,11 @@ def inbox(user: str = "") -> str:
     return f"{INBOX}.{user}" if user else INBOX
 
 
+def control_inbox(process: str) -> str:
+    """What executors say of their models to one gateway that asked. Executors may publish to no other inboxes."""
+    return f"{INBOX}.control.{process}"
+
+
 def infer(model: str, version: str = "") -> str:
     return f"{INFER}.{model}.{version}" if version else f"{INFER}.{model}"
 

@@ -45,7 +45,7 @@ CLIENT = PRODUCER | Permissions(
 )
 GATEWAY = Permissions(
     (subjects.ask(ANY), subjects.describe(ANY), subjects.HELLO, subjects.REPORT, f"{subjects.ADMIN}.>"),
-    (subjects.BATCHER_BEAT, subjects.EXECUTOR_BEAT, *_service("gateway")),
+    (subjects.BATCHER_BEAT, subjects.EXECUTOR_BEAT, subjects.control_inbox(ANY), *_service("gateway")),
     responses=True,
 )
 BATCHER = Permissions(
@@ -68,7 +68,7 @@ BATCHER = Permissions(
     ),
 )
 EXECUTOR = Permissions(
-    (subjects.batcher(ANY), subjects.EXECUTOR_BEAT, subjects.HELLO, subjects.REPORT),
+    (subjects.batcher(ANY), subjects.EXECUTOR_BEAT, subjects.HELLO, subjects.REPORT, subjects.control_inbox(ANY)),
     (
         subjects.executor(ANY),
         subjects.describe(ANY),
@@ -83,7 +83,7 @@ EXECUTOR = Permissions(
 SERVE = GATEWAY | BATCHER | EXECUTOR | CLIENT | Permissions((), (subjects.REPORT,))
 ADMIN = Permissions(
     (f"{subjects.ADMIN}.>", f"{PREFIX}.>", subjects.describe(ANY), subjects.HELLO),
-    (subjects.BATCHER_BEAT, subjects.EXECUTOR_BEAT, subjects.REPORT),
+    (subjects.BATCHER_BEAT, subjects.EXECUTOR_BEAT, subjects.REPORT, subjects.control_inbox(ANY)),
 )
 
 

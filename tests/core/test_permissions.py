@@ -26,12 +26,21 @@ from tests.support import NatsServer, System, invoke, until
 
 DOCS = Path(__file__).parents[2] / "docs" / "security.md"
 OTHER = subjects.inbox("UOTHER") + ".0011223344556677"
-NAMES = {"infer": "ctr", "inbox": "UOTHER", "ask": "b-1", "batcher": "b-1", "executor": "e-1", "describe": "e-1"}
+NAMES = {
+    "infer": "ctr",
+    "inbox": "UOTHER",
+    "ask": "b-1",
+    "batcher": "b-1",
+    "executor": "e-1",
+    "describe": "e-1",
+    "control_inbox": "g-1",
+}
 
 DENIED_PUBLISH = {
     "producer": ["ask", "batcher", "executor", "describe", "BATCHER_BEAT", "EXECUTOR_BEAT", "HELLO", "REPORT", "ADMIN",
                  OTHER, "$SRV.PING", "_INBOX.x"],
-    "client": ["batcher", "executor", "BATCHER_BEAT", "EXECUTOR_BEAT", "REPORT", "ADMIN", OTHER, "$SRV.PING"],
+    "client": ["batcher", "executor", "BATCHER_BEAT", "EXECUTOR_BEAT", "REPORT", "ADMIN", OTHER, "$SRV.PING",
+               "control_inbox"],
     "gateway": ["infer", "batcher", "executor", "BATCHER_BEAT", "EXECUTOR_BEAT", OTHER, "$SRV.PING"],
     "batcher": ["infer", "ask", "batcher", "EXECUTOR_BEAT", "ADMIN", "$SRV.PING", "scores.feed"],
     "executor": ["infer", "ask", "executor", "describe", "BATCHER_BEAT", "ADMIN", OTHER, "$SRV.PING"],
@@ -41,11 +50,11 @@ DENIED_PUBLISH = {
 EVERYTHING = [">", "narsil.>", "narsil.v1.>", "_INBOX.>", "_INBOX.narsil.>", OTHER]
 DENIED_SUBSCRIBE = {
     "producer": ["infer", "ask", "batcher", "executor", "describe", "BATCHER_BEAT", "EXECUTOR_BEAT", "HELLO", "REPORT",
-                 "ADMIN", "$SRV.PING"],
+                 "ADMIN", "$SRV.PING", "control_inbox"],
     "client": ["infer", "ask", "batcher", "executor", "describe", "EXECUTOR_BEAT", "HELLO", "REPORT", "ADMIN",
                "$SRV.PING"],
     "gateway": ["infer", "ask", "batcher", "executor", "describe", "HELLO", "REPORT", "ADMIN"],
-    "batcher": ["infer", "executor", "BATCHER_BEAT", "REPORT", "ADMIN"],
+    "batcher": ["infer", "executor", "BATCHER_BEAT", "REPORT", "ADMIN", "control_inbox"],
     "executor": ["infer", "ask", "batcher", "EXECUTOR_BEAT", "REPORT", "narsil.v1.admin.>"],
     "admin": ["infer", "ask", "batcher", "executor", "describe", "HELLO", "ADMIN", "$SRV.PING"],
     "serve": ["infer", "narsil.v1.admin.>"],
