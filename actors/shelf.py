@@ -226,7 +226,8 @@ class Shelf:
         if not keys:
             return
         await asyncio.sleep(self._lease_s)  # every batcher that is alive has heard of it by then
-        await self._until(lambda: not self._awaited(keys))
+        before = list(self._heard())
+        await self._until(lambda: not self._awaited(keys, before))
         gone = [self.retiring.pop(key) for key in keys]
         self._announce()
         await self._until(lambda: not any(self.running[key] for key in keys))
@@ -243,9 +244,14 @@ class Shelf:
     def _is_known(self, ref: ModelRef) -> bool:
         return all(beat is not None and ref in beat.models for beat in self._heard())
 
-    def _awaited(self, keys: list[ModelKey]) -> bool:
+    def _awaited(self, keys: list[ModelKey], before: list[BatcherBeat | None]) -> bool:
+        """Whether requests wait for these somewhere, or a batcher has said nothing since these heartbeats."""
         digests = {key.digest for key in keys}
-        return any(beat is not None and not digests.isdisjoint(beat.finishing) for beat in self._heard())
+        return any(
+            any(beat is old for old in before) or not digests.isdisjoint(beat.finishing)
+            for beat in self._heard()
+            if beat is not None
+        )
 
     async def _until(self, condition: Callable[[], bool], timeout_s: float | None = None) -> None:
         """Returns when it holds after a turn of the executor, or after that time."""

@@ -208,6 +208,27 @@ def test_what_was_admitted_before_an_unload_is_answered_and_what_comes_later_is_
         unloading.result(20)
 
 
+def test_requests_are_never_scored_by_weights_that_they_were_not_checked_for(
+    start: Start, nats_server: NatsServer, repository: Path
+) -> None:
+    """An id that the old table has and the new one has not would read past its end."""
+    make(repository / "m", "m", rows=1_000)
+    rows = some_rows(repository / "m", 8)
+    gate = Gate()
+    system = start(load="m", loader=gate.load)
+    with Door(nats_server.url) as door, ThreadPoolExecutor(1) as threads:
+        with gate.closed():
+            asked = [door.ask("m", request(rows.part(row))) for row in range(8)]
+            until(lambda: gate.waiting, "a batch")
+            make(repository / "m", "m", seed=2, rows=5)
+            loading = threads.submit(door.load, "m")
+            (executor,) = system.actors("executor")
+            until(lambda: executor._shelf.retiring, "the new weights")
+            until(lambda: ask(door, "m", rows.part(0)).fault == Fault.INVALID_ARGUMENT.name, "checked for the new ones")
+        assert all(scored(future.result(20), rows.part(row)) for row, future in enumerate(asked))
+        loading.result(20)
+
+
 def test_loads_of_one_model_at_once_read_it_once(start: Start, nats_server: NatsServer, repository: Path) -> None:
     """Several deployers that retry must not fill the memory with copies."""
     model = make(repository / "m", "m")
