@@ -16,7 +16,7 @@ from narsil_stream.core.requester import Requester
 from narsil_stream.core.statistics import merged
 from narsil_stream.core.telemetry import RequestMetrics, gauges
 from narsil_stream.gateways.metadata import model_config, model_metadata
-from narsil_stream.gateways.shaping import ask_all, converted, cut, fits, row_count
+from narsil_stream.gateways.shaping import ask_all, converted, cut, fits
 from narsil_stream.schemas.errors import Fault, Refused, invalid
 from narsil_stream.schemas.internal import ModelRef
 from narsil_stream.schemas.model import NAME
@@ -96,15 +96,14 @@ class Inference:
         limits = self._config.batch
         if fits(request, limits.max_rows, self._bus.max_payload):
             return await self._requester.ask(model, version, request)
-        if (count := row_count(request)) > limits.max_request_rows:
-            detail = f"input 'dense' has {count} rows; expected at most {limits.max_request_rows} in one request"
-            raise Refused(Fault.TOO_LARGE, detail)
         return await self._answer_in_parts(model, version, request)
 
     async def _answer_in_parts(self, model: str, version: str, request: InferRequest) -> InferAnswer:
         """Checked as a whole first, so that errors name the caller's rows; all parts by one version's weights."""
         spec = (await self._requester.card(model, version)).spec
         rows = Admission(spec).rows(request)
+        if rows.count > (limit := self._config.batch.max_request_rows):
+            raise Refused(Fault.TOO_LARGE, f"input 'dense' has {rows.count} rows; expected at most {limit}")
         parts = cut(request, rows, spec, self._config.batch.max_rows, self._bus.max_payload)
         return await ask_all(lambda part: self._requester.ask(model, spec.version, part), parts)
 

@@ -45,15 +45,11 @@ def _as_fp32(tensor: Tensor) -> Tensor:
     return codec.tensor("dense", narrow)
 
 
-def row_count(request: InferRequest) -> int:
-    """As `dense` says; 0 when it says nothing."""
-    return next((t.shape[0] for t in request.inputs if t.name == "dense" and t.shape), 0)
-
-
 def fits(request: InferRequest, max_rows: int, max_payload: int) -> bool:
     """Whether one batch and one message can hold it."""
     size = sum(tensor.data.nbytes for tensor in request.inputs)
-    return row_count(request) <= max_rows and size <= max_payload - MESSAGE_ROOM
+    rows = next((t.shape[0] for t in request.inputs if t.name == "dense" and t.shape), 0)
+    return rows <= max_rows and size <= max_payload - MESSAGE_ROOM
 
 
 def cut(request: InferRequest, rows: Rows, spec: ModelSpec, max_rows: int, max_payload: int) -> list[InferRequest]:

@@ -15,6 +15,7 @@ from narsil_stream.schemas.wire import (
     JsonAnswer,
     JsonError,
     JsonOutput,
+    JsonOutputWish,
     JsonParameters,
     JsonRequest,
     JsonTensor,
@@ -36,6 +37,8 @@ DTYPES: dict[str, np.dtype[Any]] = {
     "FP64": np.dtype("<f8"),
 }
 NAMES = {dtype: name for name, dtype in DTYPES.items()}
+
+NOTHING_SAID = JsonParameters()
 
 _encode_msgpack = msgspec.msgpack.Encoder().encode
 _encode_json = msgspec.json.Encoder().encode
@@ -101,13 +104,27 @@ def decode_json_request(payload: bytes) -> InferRequest:
         request = decode_inputs(payload)
     except UNDECODABLE as error:
         raise invalid(f"not an Open Inference Protocol request in JSON: {error}") from None
-    for wish in request.outputs:
+    check_wishes(request.outputs or ())
+    return from_json(request, tuple(map(pack, request.inputs)))
+
+
+def check_wishes(wishes: tuple[JsonOutputWish, ...]) -> None:
+    """Raises INVALID_ARGUMENT for an output that no model here has."""
+    for wish in wishes:
         if wish.name != "scores":
             raise invalid(f"unknown output '{wish.name}'; expected 'scores'")
-    said = request.parameters
+        if wish.parameters.get("classification"):
+            raise invalid("output 'scores' is asked for as a classification; it has no classes, ask for it as it is")
+        if "shared_memory_region" in wish.parameters:
+            raise invalid("output 'scores' is asked for in shared memory, which is not offered")
+
+
+def from_json(request: Any, inputs: tuple[Tensor, ...]) -> InferRequest:
+    """`request`: as `json_tensor` decodes it."""
+    said = request.parameters or NOTHING_SAID
     return InferRequest(
         id=request.id,
-        inputs=tuple(map(pack, request.inputs)),
+        inputs=inputs,
         budget_us=said.timeout,
         sent_us=said.sent_us,
         priority=said.priority,

@@ -33,12 +33,20 @@ CODES = {
 MAX_DIMENSIONS = 8
 
 
+class TensorParameters(Struct, frozen=True):
+    binary_data_size: Annotated[int, Meta(ge=0, le=2**53)] | None = None
+    """Over HTTP: the tensor is that many bytes behind the JSON, in place of `data`."""
+    shared_memory_region: str | None = None
+    """Of Triton's shared memory extension, which is not offered."""
+
+
 class Given(Struct, frozen=True):
     """A tensor as it stands in JSON."""
 
     name: str
     shape: Shape
     data: list[Any] = []
+    parameters: TensorParameters | None = None
 
 
 def _given(datatype: str) -> type[Given]:
@@ -53,17 +61,27 @@ def _given(datatype: str) -> type[Given]:
 
 
 AnyGiven: Any = Union[tuple(map(_given, CODES))]  # noqa: UP007 made of types that are made here
-Inputs = msgspec.defstruct(
-    "Inputs",
-    [
-        ("inputs", Annotated[tuple[AnyGiven, ...], Meta(max_length=64)]),
-        ("id", Id, ""),
-        ("parameters", JsonParameters, JsonParameters()),
-        ("outputs", Annotated[tuple[JsonOutputWish, ...], Meta(max_length=64)], ()),
-    ],
-    frozen=True,
-)
-"""`JsonRequest`, with its tensors' data decoded."""
+
+
+def _inputs(name: str, parameters: type[JsonParameters]) -> type[Struct]:
+    """`JsonRequest`, with its tensors' data decoded."""
+    return msgspec.defstruct(
+        name,
+        [
+            ("inputs", Annotated[tuple[AnyGiven, ...], Meta(max_length=64)]),
+            ("id", Id, ""),
+            ("parameters", parameters | None, None),
+            ("outputs", Annotated[tuple[JsonOutputWish, ...], Meta(max_length=64)] | None, None),
+        ],
+        frozen=True,
+    )
+
+
+class HttpParameters(JsonParameters, frozen=True):
+    binary_data_output: bool = False
+    """Whether outputs come as bytes behind the JSON, unless the wish for one says otherwise."""
+
+
 Outputs = msgspec.defstruct(
     "Outputs",
     [("model_name", str), ("model_version", str), ("outputs", tuple[AnyGiven, ...]), ("id", str, "")],
@@ -71,19 +89,34 @@ Outputs = msgspec.defstruct(
 )
 """`JsonAnswer`, with its tensors' data decoded."""
 
-decode_inputs: Any = msgspec.json.Decoder(Inputs).decode
+decode_inputs: Any = msgspec.json.Decoder(_inputs("Inputs", JsonParameters)).decode
+decode_http_inputs: Any = msgspec.json.Decoder(_inputs("HttpInputs", HttpParameters)).decode
 decode_outputs: Any = msgspec.json.Decoder(Outputs).decode
 
 
 def pack(given: Given) -> Tensor:
     """The same tensor with raw bytes. Raises INVALID_ARGUMENT for a number that its datatype cannot hold."""
     datatype = type(given).__name__
+    _refuse_what_is_not_json(given)
     numbers = _flat(given)
     try:
         data = struct.pack(f"<{len(numbers)}{CODES[datatype]}", *numbers)
     except (struct.error, OverflowError):
         _refuse_first_misfit(given.name, datatype, numbers)
     return Tensor(given.name, datatype, given.shape, memoryview(data))
+
+
+def _refuse_what_is_not_json(given: Given) -> None:
+    said = given.parameters
+    if said is None:
+        return
+    if said.shared_memory_region is not None:
+        raise invalid(f"input '{given.name}' is in shared memory, which is not offered; send its data")
+    if said.binary_data_size is not None:
+        raise invalid(
+            f"input '{given.name}' has binary_data_size, but no bytes follow the JSON; over HTTP, the header"
+            " Inference-Header-Content-Length says where they begin"
+        )
 
 
 def _flat(given: Given) -> list[Any]:

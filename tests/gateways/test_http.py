@@ -218,7 +218,8 @@ WRONG: list[tuple[int, dict[str, Any], str]] = [
     (0, {"shape": [26]}, "'dense' has shape [26]; expected [rows, 13]"),
     (0, {"shape": [0, 13], "data": []}, "'dense' has 0 rows"),
     (0, {"shape": [2, 13], "data": [0.0] * 25}, "'dense' has 100 bytes; expected 104"),
-    (0, {"datatype": "FP64"}, "'dense' has datatype 'FP64'; expected FP32"),
+    (0, {"datatype": "INT64", "data": [0] * 26}, "'dense' has datatype 'INT64'; expected FP32"),
+    (0, {"datatype": "FP64", "data": [0.0] * 14 + [1e39] + [0.0] * 11}, "'dense' [1, 1] is 1e+39"),
     (0, {"data": [0.0] * 14 + [1e39] + [0.0] * 11}, "'dense' data[14]"),
     (0, {"shape": [2**40, 2**40]}, "'dense' has shape"),
     (1, {"shape": [1, 26], "data": [0] * 26}, "'sparse' has shape [1, 26]; expected [2, 26]"),
@@ -226,6 +227,7 @@ WRONG: list[tuple[int, dict[str, Any], str]] = [
     (1, {"data": [0] * 51 + [-1]}, "'sparse' [1, 25] is -1"),
     (1, {"data": [[0] * 26, [0] * 25]}, "'sparse' has data nested"),
     (1, {"datatype": "FP32"}, "'sparse' has datatype 'FP32'; expected INT32 or INT64"),
+    (1, {"datatype": "UINT16"}, "'sparse' has datatype 'UINT16'; expected INT32 or INT64"),
     (1, {"name": "dense"}, "given twice"),
     (1, {"name": "ids"}, "inputs are 'dense', 'ids'; expected"),
 ]

@@ -14,7 +14,7 @@ import pytest
 from msgspec.structs import replace
 
 from narsil_stream.core.config import BatchConfig, Config
-from tests.asking import HttpAnswer, Rows, ask_http, infer_json, json_scores, metric, scrape, some_rows
+from tests.asking import HttpAnswer, HttpCaller, Rows, ask_http, infer_json, json_scores, metric, scrape, some_rows
 from tests.doubles import Gate
 from tests.support import NatsServer, System, narsil, until
 
@@ -205,6 +205,51 @@ def test_sigterm_under_load_loses_no_request(
             gateway.kill()
             gateway.communicate()
     assert set(ended) == {"right"}, [e for e in ended if e != "right"][:3]
+
+
+def test_sigterm_under_load_answers_all_that_64_connections_had_sent(
+    nats_server: NatsServer, criteo_model: Path, tmp_path: Path, free_port: int
+) -> None:
+    """These callers keep their connections and never ask whether the gateway is ready: no request may be lost."""
+    rows = some_rows(criteo_model, 64)
+    log = tmp_path / "gateway.log"
+    right: list[int] = []
+    lost: list[str] = []
+
+    def ask_until_refused(row: int) -> None:
+        one, fresh = rows.part(row), True
+        call: HttpCaller | None = None
+        while True:
+            try:
+                call = call or HttpCaller(free_port)
+                answer = call("POST", INFER, infer_json(one))
+            except OSError as error:
+                if not fresh:  # a new connection that is refused or reset was never accepted; an old one was
+                    lost.append(f"{row}: {error!r}")
+                return
+            if answer.status != 200 or abs(json_scores(answer.json)[0] - one.scores[0]) > 1e-6:
+                lost.append(f"{row}: {answer}")
+            right.append(row)
+            fresh = answer.headers.get("connection") == "close"
+            call = None if fresh else call
+
+    with System(nats_server.url, criteo_model), log.open("wb") as err:
+        command = ("gateway", "--nats-url", nats_server.url, "--http-port", free_port, "--grpc-port", 0)
+        gateway = narsil(*command, stderr=err)
+        try:
+            until(lambda: ready(free_port), "it is ready")
+            callers = [threading.Thread(target=ask_until_refused, args=(row,)) for row in range(64)]
+            for caller in callers:
+                caller.start()
+            until(lambda: len(set(right)) == 64, "each has had an answer")
+            gateway.send_signal(signal.SIGTERM)
+            assert gateway.wait(20) == 0, log.read_text()
+            for caller in callers:
+                caller.join(20)
+        finally:
+            gateway.kill()
+            gateway.communicate()
+    assert lost == []
 
 
 def ready(port: int) -> bool:

@@ -1,0 +1,107 @@
+"""Request bodies as they come in: bounded in size, in time and in what all of them together may hold."""
+
+import asyncio
+from http import HTTPStatus
+from typing import Self
+
+from granian.rsgi import HTTPProtocol, Scope
+
+from narsil_stream.core.config.schema import HttpConfig
+from narsil_stream.gateways.http_codec import ENCODINGS, inflated
+from narsil_stream.schemas.errors import Fault, Refused
+
+COMING_BYTES = 512 << 20
+"""Bytes of bodies that one gateway process reads at the same time. A body of unknown length counts as the largest."""
+WATCH_AFTER_S = 0.01
+"""Whether a caller is still there is asked only when its answer takes longer than this: asking costs 8 µs."""
+
+
+class Problem(Exception):
+    """What only HTTP knows: 404 of a path, 405, 408, 415."""
+
+    def __init__(self, status: HTTPStatus, detail: str, *headers: tuple[str, str]) -> None:
+        super().__init__(detail)
+        self.status = status
+        self.detail = detail
+        self.headers = headers
+
+
+class Bodies:
+    """Reads the bodies of one gateway."""
+
+    def __init__(self, config: HttpConfig) -> None:
+        self._config = config
+        self._coming_bytes = 0
+
+    async def read(self, scope: Scope, proto: HTTPProtocol) -> bytes:
+        """Without its content-encoding. Raises `Refused` TOO_LARGE or INVALID_ARGUMENT; Problem 408 or 415."""
+        headers = scope.headers
+        encoding = headers.get("content-encoding", "").strip().lower()
+        if encoding not in ("", "identity", *ENCODINGS):
+            detail = f"content-encoding {encoding[:40]!r} is not known here; use {' or '.join(ENCODINGS)}"
+            raise Problem(HTTPStatus.UNSUPPORTED_MEDIA_TYPE, detail, ("accept-encoding", ", ".join(ENCODINGS)))
+        body = await self._bounded(headers.get("content-length", ""), proto)
+        return await inflated(body, encoding, self._config.max_body_bytes) if encoding in ENCODINGS else body
+
+    async def _bounded(self, declared: str, proto: HTTPProtocol) -> bytes:
+        limit = self._config.max_body_bytes
+        length = int(declared) if declared.isdigit() else None
+        if length is not None and length > limit:
+            raise Refused(Fault.TOO_LARGE, f"a body of {declared} bytes; expected at most {limit}")
+        coming = limit if length is None else length
+        if self._coming_bytes + coming > max(COMING_BYTES, limit):
+            raise Refused(Fault.OVERLOADED, "too many large bodies are coming in at once", 100_000)
+        self._coming_bytes += coming
+        try:
+            async with asyncio.timeout(self._config.body_timeout_ms / 1e3):
+                return bytes(await proto()) if length is not None else await _chunks(proto, limit)
+        except TimeoutError:
+            detail = f"the body did not come within {self._config.body_timeout_ms} ms"
+            raise Problem(HTTPStatus.REQUEST_TIMEOUT, detail, ("connection", "close")) from None
+        finally:
+            self._coming_bytes -= coming
+
+
+async def _chunks(proto: HTTPProtocol, limit: int) -> bytes:
+    chunks = bytearray()
+    async for chunk in proto:
+        chunks += chunk
+        if len(chunks) > limit:
+            raise Refused(Fault.TOO_LARGE, f"a body of more than {limit} bytes")
+    return bytes(chunks)
+
+
+class WhileThere:
+    """`with WhileThere(proto) as caller`: from `watch` on, the block is cancelled when the caller leaves.
+
+    `caller.left` is true then.
+    """
+
+    def __init__(self, proto: HTTPProtocol) -> None:
+        self._proto = proto
+        self._timer: asyncio.TimerHandle | None = None
+        self._gone: asyncio.Future[None] | None = None
+        self.left = False
+
+    def __enter__(self) -> Self:
+        self._task = asyncio.current_task()
+        return self
+
+    def watch(self) -> None:
+        """The body is there: from now on the caller only waits."""
+        self._timer = asyncio.get_running_loop().call_later(WATCH_AFTER_S, self._watch)
+
+    def __exit__(self, *error: object) -> None:
+        if self._timer is not None:
+            self._timer.cancel()
+        if self._gone is not None:
+            self._gone.remove_done_callback(self._leave)
+            self._gone.cancel()
+
+    def _watch(self) -> None:
+        self._gone = asyncio.ensure_future(self._proto.client_disconnect())
+        self._gone.add_done_callback(self._leave)
+
+    def _leave(self, _: asyncio.Future[None]) -> None:
+        if self._task is not None:
+            self.left = self._task.cancel()
