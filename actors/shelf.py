@@ -93,7 +93,7 @@ class Shelf:
         for found in must:
             await self._put(found)
         for found in rest:
-            with contextlib.suppress(ArtifactError):  # said in the log and in the index
+            with contextlib.suppress(Exception):  # said in the log and in the index
                 await self._put(found)
         if peers is not None:
             await self._add(peers.refs)
@@ -134,6 +134,8 @@ class Shelf:
             except ArtifactError as error:
                 detail = f"model '{model}' could not be loaded: {self._repository.plain(error)}"
                 raise Refused(Fault.INTERNAL, detail) from None
+            except Exception as error:
+                raise Refused(Fault.INTERNAL, f"model '{model}' could not be loaded: {_kind(error)}") from None
             self.unloaded.discard(model)
             await self._until(lambda: self._is_known(ref), KNOWN_LEASES * self._lease_s)
             await self._retire([key for key in self.offered if key.name == model and key.digest != ref.digest])
@@ -182,6 +184,10 @@ class Shelf:
             log.error("model %s version %s was not loaded: %s", *found.name, error)
             self._states[found.name] = RepositoryEntry(*found.name, "UNAVAILABLE", self._repository.plain(error))
             raise
+        except Exception as error:
+            log.exception("model %s version %s was not loaded", *found.name)
+            self._states[found.name] = RepositoryEntry(*found.name, "UNAVAILABLE", _kind(error))
+            raise
         except BaseException:
             del self._states[found.name]
             raise
@@ -206,7 +212,7 @@ class Shelf:
                 try:
                     found = await asyncio.to_thread(self._repository.find, ref.name, ref.version)
                     own = await self._put(found)
-                except ArtifactError as error:
+                except Exception as error:
                     log.error("others serve model %s version %s, this one cannot: %s", ref.name, ref.version, error)
                     continue
                 if own != ref:
@@ -273,6 +279,11 @@ class Shelf:
 
     async def _in_thread(self, work: Callable[P, T], *args: P.args, **kwargs: P.kwargs) -> T:
         return await asyncio.get_running_loop().run_in_executor(self._thread, partial(work, *args, **kwargs))
+
+
+def _kind(error: Exception) -> str:
+    """What may be said of an error of the backend's: it may name anything."""
+    return f"the backend failed with {type(error).__name__}"
 
 
 def _key(ref: ModelRef) -> ModelKey:
