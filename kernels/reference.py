@@ -142,7 +142,7 @@ class Reference:
         return out
 
     def unload(self) -> None:
-        self._tables = []
+        self._tables, self._bottom, self._top = [], [], []
 
     def _blocks(self, batch: RaggedBatch) -> Iterator[tuple[slice, Floats, list[tuple[Ids, Ids | None]]]]:
         """Cut a batch into (rows, their dense features, and for each table its ids and bag lengths)."""

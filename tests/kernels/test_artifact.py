@@ -61,6 +61,15 @@ def test_every_model_that_is_written_reads_back_the_same(tmp_path: Path, spec: M
         np.testing.assert_array_equal(back.tensors[name], tensor)
 
 
+@pytest.mark.parametrize("step", [1, 100, 1_000])
+def test_tensors_read_in_pieces_are_whole(folder: Path, monkeypatch: pytest.MonkeyPatch, step: int) -> None:
+    """Pieces let others of the process work meanwhile; one that is lost or doubled would be wrong scores."""
+    whole = read(folder).tensors
+    monkeypatch.setattr(artifact, "_STEP_BYTES", step)
+    pieces = read(folder).tensors
+    assert all(np.array_equal(pieces[name], tensor) for name, tensor in whole.items())
+
+
 def test_the_description_alone_is_readable_without_the_weights(folder: Path) -> None:
     """Metadata of a large model must not cost its load time."""
     (folder / WEIGHTS).unlink()
