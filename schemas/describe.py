@@ -159,10 +159,12 @@ def _constraints(kind: Type, names: dict[str, str]) -> Schema:
 
 @functools.cache
 def _docstrings(kind: type) -> dict[str, str]:
-    """The string below each field."""
+    """The string below each field, those that are inherited too."""
+    if kind is Struct or kind.__base__ is None:
+        return {}
     tree = ast.parse(textwrap.dedent(inspect.getsource(kind))).body[0]
     assert isinstance(tree, ast.ClassDef)
-    said = {}
+    said = dict(_docstrings(kind.__base__))
     for field, below in pairwise(tree.body):
         match field, below:
             case ast.AnnAssign(target=ast.Name(id=name)), ast.Expr(value=ast.Constant(value=str(text))):

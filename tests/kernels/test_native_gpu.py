@@ -14,7 +14,7 @@ from narsil_stream.kernels.init import criteo_spec, random_batch, random_model
 from narsil_stream.kernels.native.engine import Engine, IdOutOfRange, Options
 from narsil_stream.kernels.quantize import quantize
 from narsil_stream.kernels.reference import Reference, sigmoid
-from narsil_stream.schemas.model import Architecture, ModelSpec, RowType, Table
+from narsil_stream.schemas.model import DlrmDot, ModelSpec, RowType, Table
 
 pytestmark = pytest.mark.gpu
 
@@ -86,27 +86,27 @@ SHAPES = {
     "demo": criteo_spec(rows=100),
     "narrow": ModelSpec(
         name="narrow",
-        architecture=Architecture(dense=5, dim=16, bottom=(30, 16), top=(40, 1)),
+        architecture=DlrmDot(dense=5, dim=16, bottom=(30, 16), top=(40, 1)),
         tables=tuple(Table(name=f"t{i}", rows=9 + i) for i in range(3)),
     ),
     "odd": ModelSpec(
         name="odd",
-        architecture=Architecture(dense=3, dim=20, bottom=(7, 20), top=(9, 5, 1)),
+        architecture=DlrmDot(dense=3, dim=20, bottom=(7, 20), top=(9, 5, 1)),
         tables=tuple(Table(name=f"t{i}", rows=1 + 40 * i) for i in range(4)),
     ),
     "deep": ModelSpec(
         name="deep",
-        architecture=Architecture(dense=20, dim=32, bottom=(300, 512, 256, 32), top=(512, 300, 256, 512, 1)),
+        architecture=DlrmDot(dense=20, dim=32, bottom=(300, 512, 256, 32), top=(512, 300, 256, 512, 1)),
         tables=tuple(Table(name=f"t{i}", rows=50) for i in range(20)),
     ),
     "many": ModelSpec(
         name="many",
-        architecture=Architecture(dense=1, dim=128, bottom=(32, 128), top=(64, 1)),
+        architecture=DlrmDot(dense=1, dim=128, bottom=(32, 128), top=(64, 1)),
         tables=tuple(Table(name=f"t{i}", rows=30) for i in range(50)),
     ),
     "flat": ModelSpec(
         name="flat",
-        architecture=Architecture(dense=4, dim=8, bottom=(8,), top=(1,)),
+        architecture=DlrmDot(dense=4, dim=8, bottom=(8,), top=(1,)),
         tables=(Table(name="t", rows=3),),
     ),
 }
