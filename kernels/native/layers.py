@@ -27,8 +27,10 @@ class Scratch(NamedTuple):
     """Input of each product of the bottom MLP."""
     x0: Any
     """Its output. Cross network: the vectors of all tables behind it."""
-    cross: tuple[Any, Any] | None
-    """V x and W V x + bias of a cross layer."""
+    narrow: Any
+    """V x of a cross layer; none with dot interaction, as the next."""
+    wide: Any
+    """W V x + bias of a cross layer."""
     top: list[Any]
     """Input of each product of the top MLP, then of the head. The first: the interaction's output."""
     workspace: Any
@@ -74,49 +76,39 @@ class LayersPlan:
     def enqueue(self, stream: Any, given: Inputs, out: Outputs, rows: int, lane: int) -> None:
         kernels, scratch = self._kernels[bool(given.offsets)], self._scratch[lane]
         products = self._products[rows, lane]
+        bags = (given.header, given.ids, given.offsets, *self._tables.pointers)
         with stream:
             values = rows * round_up(self._spec.n_dense, 16)
             kernels["pad_dense"](_grid(values), (_THREADS,), (given.header, given.dense, scratch.bottom[0]))
             for product in products.bottom:
                 product(stream.ptr)
-            if scratch.cross is None:
-                self._interact(kernels["interact"], given, scratch, out, rows)
+            if products.cross:
+                kernels["gather"](_grid(4 * rows * self._spec.n_sparse), (_THREADS,), (*bags, scratch.x0, out.errors))
+                self._cross(kernels["cross"], given.header, scratch, products, rows, stream.ptr)
             else:
-                self._cross(kernels, given, scratch, out, rows, products, stream)
+                self._interact(kernels["interact"], (*bags, scratch.x0, scratch.top[0], out.errors), rows)
             for product in products.top:
                 product(stream.ptr)
             blocks = -(-rows // _SAMPLES_A_BLOCK)
             args = (given.header, scratch.top[-1], self._weights.head, out.scores, out.logits)
             kernels["head"]((blocks,), (128,), args)
 
-    def _interact(self, kernel: Any, given: Inputs, scratch: Scratch, out: Outputs, rows: int) -> None:
-        bags = (given.header, given.ids, given.offsets, *self._tables.pointers)
-        args = (*bags, scratch.x0, scratch.top[0], out.errors)
+    def _interact(self, kernel: Any, args: tuple[Any, ...], rows: int) -> None:
         if self._item_bytes == 2:
             kernel((-(-rows // _SAMPLES_A_BLOCK),), (128,), args, shared_mem=self._shared_bytes)
         else:
             kernel((rows,), (32,), args, shared_mem=self._shared_bytes)
 
     def _cross(
-        self,
-        kernels: dict[str, Any],
-        given: Inputs,
-        scratch: Scratch,
-        out: Outputs,
-        rows: int,
-        products: Products,
-        stream: Any,
+        self, kernel: Any, header: int, scratch: Scratch, products: Products, rows: int, stream_ptr: int
     ) -> None:
         """x_{l+1} = x_0 * (W V x_l + bias) + x_l, each x_l but the first in the place of the one before."""
-        assert scratch.cross is not None
-        bags = (given.header, given.ids, given.offsets, *self._tables.pointers)
-        kernels["gather"](_grid(4 * rows * self._spec.n_sparse), (_THREADS,), (*bags, scratch.x0, out.errors))
+        chunks = rows * self._z_width * self._item_bytes // 16
         before, after = scratch.x0, scratch.top[0]
         for narrow, wide in products.cross:
-            narrow(stream.ptr)
-            wide(stream.ptr)
-            chunks = rows * self._z_width * self._item_bytes // 16
-            kernels["cross"](_grid(chunks), (_THREADS,), (given.header, scratch.x0, scratch.cross[1], before, after))
+            narrow(stream_ptr)
+            wide(stream_ptr)
+            kernel(_grid(chunks), (_THREADS,), (header, scratch.x0, scratch.wide, before, after))
             before = after
 
     @property
@@ -142,15 +134,12 @@ class LayersPlan:
             return cupy.zeros((self._max_rows, width), STORED[self._precision])
 
         weights = self._weights
-        cross = None
-        x0_width = round_up(self._spec.architecture.dim, 16)
-        if weights.cross:
-            x0_width = self._z_width
-            cross = buffer(weights.cross[0][0].outputs), buffer(self._z_width)
+        vectors = self._z_width if weights.cross else round_up(self._spec.architecture.dim, 16)
         scratch = Scratch(
             bottom=[buffer(layer.inputs) for layer in weights.bottom],
-            x0=buffer(x0_width),
-            cross=cross,
+            x0=buffer(vectors),
+            narrow=buffer(weights.cross[0][0].outputs) if weights.cross else None,
+            wide=buffer(self._z_width) if weights.cross else None,
             top=[buffer(width) for width in (self._z_width, *(layer.outputs for layer in weights.top))],
             workspace=cupy.empty(WORKSPACE_BYTES, np.uint8),
         )
@@ -176,10 +165,10 @@ class LayersPlan:
             return [plan(*one) for one in zip(layers, buffers[:-1], buffers[1:], strict=True)]
 
         cross = []
-        for i, (v, w) in enumerate(self._weights.cross):
-            assert scratch.cross is not None
-            narrow, wide = scratch.cross
-            cross.append((plan(v, scratch.top[0] if i else scratch.x0, narrow), plan(w, narrow, wide)))
+        x = scratch.x0
+        for v, w in self._weights.cross:
+            cross.append((plan(v, x, scratch.narrow), plan(w, scratch.narrow, scratch.wide)))
+            x = scratch.top[0]
         return Products(
             bottom=chain(self._weights.bottom, [*scratch.bottom, scratch.x0]),
             cross=cross,
