@@ -4,9 +4,10 @@ Pieces share nothing, so no thread waits for another inside the forward pass, an
 that computes it. oneDNN multiplies with weights packed once.
 """
 
+from collections.abc import Callable, Iterable
 from concurrent.futures import ThreadPoolExecutor
 from threading import Barrier
-from typing import Any
+from typing import Any, TypeVar
 
 import numpy as np
 import torch
@@ -19,6 +20,9 @@ from narsil_stream.kernels.torch_family.devices import DTYPES
 from narsil_stream.kernels.torch_family.network import Layer, Network
 from narsil_stream.kernels.torch_family.packing import Packing
 from narsil_stream.schemas.model import ModelSpec
+
+T = TypeVar("T")
+Floats = NDArray[np.float32]
 
 _PIECE_ROWS = 1024
 """At most. More: fewer calls; less: less memory."""
@@ -36,7 +40,7 @@ class CpuBackend:
         self._packing = Packing(artifact.spec)
         self._network = Network(artifact, self._packing, DTYPES[precision], "cpu", _layer)
         self._threads = torch.get_num_threads()
-        self._pool = _single_threads(self._threads)
+        self._pool = _single_threads(self._threads) if self._threads > 1 else None
 
     @property
     def spec(self) -> ModelSpec:
@@ -50,30 +54,34 @@ class CpuBackend:
         """Compute every number of rows that a piece can have, once: oneDNN prepares what it needs for each."""
         one = RaggedBatch(np.zeros((1, self._spec.n_dense), np.float32), np.zeros(self._spec.n_sparse, np.int32))
         sizes = range(_STEP_ROWS, _round_up(min(max_rows, _PIECE_ROWS)) + 1, _STEP_ROWS)
-        list(self._pool.map(lambda rows: self._logits(one, rows), sizes))
+        self._each(lambda rows: self._logits(one, rows), sizes)
 
-    def run(self, batch: RaggedBatch, scores: NDArray[np.float32]) -> None:
+    def run(self, batch: RaggedBatch, scores: Floats) -> None:
         """scores [rows] = sigmoid(logits). Raises IdOutOfRange."""
         torch.sigmoid(torch.from_numpy(self.logits(batch)), out=torch.from_numpy(scores))
 
-    def logits(self, batch: RaggedBatch) -> NDArray[np.float32]:
+    def logits(self, batch: RaggedBatch) -> Floats:
         """What goes into the last sigmoid. out [rows]."""
         if not batch.rows:
             return np.empty(0, np.float32)
         shares = self._threads if batch.rows >= _SHARED_ROWS else 1
         rows = min(_PIECE_ROWS, _round_up(-(-batch.rows // shares)))
         cut = pieces(batch, rows, max_ids=np.iinfo(np.int32).max)
-        found = self._pool.map(lambda piece: self._logits(piece, _round_up(piece.rows))[: piece.rows], cut)
-        return np.concatenate(list(found))
+        return np.concatenate(self._each(lambda piece: self._logits(piece, _round_up(piece.rows))[: piece.rows], cut))
 
     def unload(self) -> None:
-        self._pool.shutdown()
+        if self._pool:
+            self._pool.shutdown()
         del self._network
 
-    def _logits(self, batch: RaggedBatch, rows: int) -> NDArray[np.float32]:
+    def _each(self, compute: Callable[[T], Floats], parts: Iterable[T]) -> list[Floats]:
+        """In threads of ours, or in the caller's when that is the only one: handing over costs more than a small batch."""
+        return list(self._pool.map(compute, parts) if self._pool else map(compute, parts))
+
+    def _logits(self, batch: RaggedBatch, rows: int) -> Floats:
         packed = self._packing.pack(batch, rows)
         with torch.inference_mode():
-            found: NDArray[np.float32] = self._network.logits(*map(torch.from_numpy, packed)).numpy()
+            found: Floats = self._network.logits(*map(torch.from_numpy, packed)).numpy()
         return found
 
 

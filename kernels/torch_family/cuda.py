@@ -115,7 +115,7 @@ class CudaBackend:
         scores[:] = torch.from_numpy(self.logits(batch)).sigmoid().numpy()
 
     def _capture(self, rows: int, multi_hot: bool, pool: Any) -> Any:
-        fixed = None if multi_hot else torch.from_numpy(self._packing.one_hot_offsets(rows).copy()).cuda()
+        fixed = None if multi_hot else torch.from_numpy(self._packing.one_hot_offsets(rows)).cuda()
         with torch.inference_mode():
             with torch.cuda.stream(self._stream):
                 self._enqueue(rows, fixed)  # libraries choose and allocate in a first run

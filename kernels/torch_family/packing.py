@@ -81,12 +81,11 @@ class Packing:
 
     @functools.lru_cache(maxsize=128)  # noqa: B019  (a packing lives as long as its model)
     def one_hot_offsets(self, rows: int) -> Ids:
-        """The offsets of every one-hot batch of `rows` rows. Read only."""
+        """The offsets of every one-hot batch of `rows` rows. Shared: not to be written."""
         lengths = np.zeros((rows, self.vectors), np.int32)
         lengths[:, 1 : 1 + self._spec.n_sparse] = 1
         offsets = np.zeros(lengths.size + 1, np.int32)
         np.cumsum(lengths if self.joined else lengths.T, out=offsets[1:])
-        offsets.flags.writeable = False
         return offsets
 
     def _one_hot(self, batch: RaggedBatch, values: Ids) -> None:

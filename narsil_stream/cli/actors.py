@@ -1,6 +1,7 @@
 """`narsil broker|gateway|batcher|executor`: one part of the system, against any NATS server."""
 
 import contextlib
+import logging
 import os
 import sys
 from collections.abc import Awaitable, Callable, Iterator
@@ -18,6 +19,8 @@ from narsil_stream.core.exposition import MetricsServer
 from narsil_stream.core.ports import PortTaken, free_port
 from narsil_stream.core.runtime import Runtime
 from narsil_stream.schemas.errors import Refused
+
+log = logging.getLogger(__name__)
 
 Start = Callable[[Runtime], Awaitable[Any]]
 
@@ -83,7 +86,7 @@ def batcher(loaded: Loaded, token: str) -> None:
 
 
 @click.command()
-@config_options("model", "backend", "nats", "executor", "timing", "metrics", "batch.max_rows", "data_dir")
+@config_options("model", "backend", "precision", "nats", "executor", "timing", "metrics", "batch.max_rows", "data_dir")
 @parent
 def executor(loaded: Loaded, token: str) -> None:
     """Run an executor: it loads a model and computes batches.
@@ -109,10 +112,12 @@ async def _start_batcher(runtime: Runtime) -> None:
 async def _start_executor(runtime: Runtime) -> None:
     from narsil_stream.actors.executor import Executor, load
     from narsil_stream.kernels import families
+    from narsil_stream.kernels.artifact import read_spec
 
     config = runtime.config
-    choice = families.choose(config.backend)
     artifact = Path(config.model) if config.model else demo_model(config)
+    choice = families.choose(config.backend, config.precision, read_spec(artifact))
+    log.info("compute: %s backend, precision %s (%s)", choice.name, config.precision, choice.reason)
     await runtime.start(lambda: Executor(config, runtime.bus, lambda: [load(artifact, choice.load)]))
 
 
@@ -168,10 +173,11 @@ def _run(loaded: Loaded, role: str, start: Start, token: str) -> None:
                 return await runtime.until_stopped(watch_stdin=bool(token))
 
     from narsil_stream.kernels.artifact import ArtifactError
+    from narsil_stream.kernels.families import Unfit
 
     try:
         code = uvloop.run(life())
-    except ArtifactError as error:
+    except (ArtifactError, Unfit) as error:
         raise Hopeless(str(error)) from None
     except PortTaken as error:
         raise click.ClickException(str(error)) from None
