@@ -127,6 +127,6 @@ def _need_int8_rows(spec: ModelSpec) -> None:
     for table in spec.tables:
         if table.dtype != "INT8":
             raise Unfit(
-                f"precision int8 asks for INT8 rows, but table {table.name} of model {spec.name} has {table.dtype} rows. "
+                f"precision int8 asks for INT8 rows, but table {table.name} of {spec.name} has {table.dtype} rows. "
                 "Next: narsil model quantize MODEL SMALLER --to INT8, and serve that"
             )
