@@ -60,9 +60,9 @@ def read_checkpoint(path: Path) -> dict[str, Floats]:
     try:
         found = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
     except Exception as error:  # of many classes, pickle's among them
-        reason = str(error).splitlines()[0]
+        found = "what torch does not load without running code from it, or cannot read"
         step = "save model.state_dict() with torch.save, or a .safetensors file, not the model itself"
-        raise ArtifactError(str(path), f"what torch does not load ({reason})", "a state dict", step) from error
+        raise ArtifactError(str(path), f"{found} ({type(error).__name__})", "a state dict", step) from error
     if isinstance(found, dict) and isinstance(found.get("state_dict"), dict):
         found = found["state_dict"]
     if not isinstance(found, dict) or not all(isinstance(tensor, torch.Tensor) for tensor in found.values()):
@@ -158,7 +158,8 @@ def _describe(state: State, name: str, version: str, pooling: Pooling, order: Se
 
 def _keys(spec: ModelSpec) -> dict[str, str]:
     """Ours -> TorchRec's, for every tensor but scales."""
-    shape, keys = spec.architecture, {}
+    shape = spec.architecture
+    keys: dict[str, str] = {}
     last = len(shape.top) - 1
     for kind in ("weight", "bias"):
         keys |= {f"bottom.{i}.{kind}": f"dense_arch.model._mlp.{i}._linear.{kind}" for i in range(len(shape.bottom))}

@@ -75,7 +75,7 @@ class CpuBackend:
         del self._network
 
     def _each(self, compute: Callable[[T], Floats], parts: Iterable[T]) -> list[Floats]:
-        """In threads of ours, or in the caller's when that is the only one: handing over costs more than a small batch."""
+        """In threads of ours, or in the caller's when that is the only one: handing over has its price."""
         return list(self._pool.map(compute, parts) if self._pool else map(compute, parts))
 
     def _logits(self, batch: RaggedBatch, rows: int) -> Floats:

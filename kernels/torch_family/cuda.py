@@ -37,20 +37,29 @@ class Staging(NamedTuple):
     """[rows] FP32, pinned."""
 
 
+class Filled(NamedTuple):
+    """A batch in the staging memory."""
+
+    rows: int
+    """Of its bucket."""
+    ids: int | None
+    """Multi-hot: how many."""
+
+
 class CudaBackend:
     """One model on the current GPU, one batch at a time."""
 
     def __init__(self, artifact: Artifact, precision: str) -> None:
         self._spec, self._precision = artifact.spec, precision
         self._packing = Packing(artifact.spec, _ALIGN)
-        self._stream = torch.cuda.Stream()
+        self.stream = torch.cuda.Stream()
         self._buckets: tuple[int, ...] = ()
         self._graphs: dict[tuple[int, bool], Any] = {}
         self.eager = 0
         """Pieces of batches that no graph was there for."""
-        with torch.cuda.stream(self._stream):
+        with torch.cuda.stream(self.stream):
             self._network = Network(artifact, self._packing, DTYPES[precision], "cuda", _layer)
-        self._stream.synchronize()
+        self.stream.synchronize()
 
     @property
     def spec(self) -> ModelSpec:
@@ -76,38 +85,45 @@ class CudaBackend:
         most_rows = self._buckets[-1] if self._buckets else LARGEST_ROWS
         for piece in pieces(batch, most_rows, self._most_ids(most_rows)) if batch.rows else []:
             part = scores[start : start + piece.rows]
-            rows = next((size for size in self._buckets if size >= piece.rows), None)
-            if rows is None or piece.ids.size > self._most_ids(self._buckets[-1]):
-                self._run_eagerly(piece, part)
+            if self._buckets and piece.ids.size <= self._most_ids(most_rows):
+                self._run_graph(piece, part)
             else:
-                self._run_graph(piece, rows, part)
+                self._run_eagerly(piece, part)
             start += piece.rows
 
     def logits(self, batch: RaggedBatch) -> NDArray[np.float32]:
         """What goes into the last sigmoid, computed without a graph. out [rows]."""
         packed = self._packing.pack(batch, batch.rows)
-        with torch.inference_mode(), torch.cuda.stream(self._stream):
+        with torch.inference_mode(), torch.cuda.stream(self.stream):
             on_device = (torch.from_numpy(part).cuda() for part in packed)
             found: NDArray[np.float32] = self._network.logits(*on_device).cpu().numpy()
         return found
 
     def unload(self) -> None:
-        self._stream.synchronize()
+        self.stream.synchronize()
         self._graphs.clear()
         del self._network
         if self._buckets:
             del self._staging
         torch.cuda.empty_cache()
 
-    def _run_graph(self, batch: RaggedBatch, rows: int, scores: NDArray[np.float32]) -> None:
+    def fill(self, batch: RaggedBatch) -> Filled:
+        """Pack a batch, which fits the largest bucket, into the staging memory. Raises IdOutOfRange."""
+        rows = next(size for size in self._buckets if size >= batch.rows)
         packed = self._packing.pack(batch, rows, self._staging.host)
-        multi_hot = batch.lengths is not None
-        with torch.cuda.stream(self._stream):
-            if multi_hot:  # their number varies: this copy cannot be in the graph
-                ids = len(packed.values)
-                self._staging.device[1][:ids].copy_(self._staging.pinned[1][:ids], non_blocking=True)
-            self._graphs[rows, multi_hot].replay()
-        self._stream.synchronize()
+        return Filled(rows, None if batch.lengths is None else len(packed.values))
+
+    def launch(self, filled: Filled) -> None:
+        """Enqueue what scores the batch in the staging memory. Returns at once."""
+        with torch.cuda.stream(self.stream):
+            if filled.ids is not None:  # their number varies: this copy cannot be in the graph
+                here, there = self._staging.pinned[1], self._staging.device[1]
+                there[: filled.ids].copy_(here[: filled.ids], non_blocking=True)
+            self._graphs[filled.rows, filled.ids is not None].replay()
+
+    def _run_graph(self, batch: RaggedBatch, scores: NDArray[np.float32]) -> None:
+        self.launch(self.fill(batch))
+        self.stream.synchronize()
         scores[:] = self._staging.scores[: batch.rows].numpy()
 
     def _run_eagerly(self, batch: RaggedBatch, scores: NDArray[np.float32]) -> None:
@@ -117,11 +133,11 @@ class CudaBackend:
     def _capture(self, rows: int, multi_hot: bool, pool: Any) -> Any:
         fixed = None if multi_hot else torch.from_numpy(self._packing.one_hot_offsets(rows)).cuda()
         with torch.inference_mode():
-            with torch.cuda.stream(self._stream):
+            with torch.cuda.stream(self.stream):
                 self._enqueue(rows, fixed)  # libraries choose and allocate in a first run
-            self._stream.synchronize()
+            self.stream.synchronize()
             graph = torch.cuda.CUDAGraph()
-            with torch.cuda.graph(graph, pool=pool, stream=self._stream, capture_error_mode="thread_local"):
+            with torch.cuda.graph(graph, pool=pool, stream=self.stream, capture_error_mode="thread_local"):
                 self._enqueue(rows, fixed)
         return _Graph(graph, fixed)
 
@@ -146,9 +162,9 @@ class CudaBackend:
         room = self._packing.room(rows, self._most_ids(rows))
         dense, values, offsets = pinned = tuple(torch.from_numpy(part).pin_memory() for part in room)
         host = Packed(dense.numpy(), values.numpy(), offsets.numpy())
-        with torch.cuda.stream(self._stream):
+        with torch.cuda.stream(self.stream):
             device = dense.cuda(), values.cuda(), offsets.cuda()
-        self._stream.synchronize()
+        self.stream.synchronize()
         return Staging(host, pinned, device, torch.zeros(rows).pin_memory())
 
 

@@ -30,8 +30,8 @@ def resolve(device: str, precision: str) -> Chosen:
         raise Unavailable(f"the torch backend has no precision {precision!r}; there are: {', '.join(DTYPES)}")
     if device == "cpu" and precision != "fp32" and not _cpu_multiplies(precision):
         raise Unavailable(
-            f"this processor does not multiply {precision} numbers in hardware: it would be many times slower than fp32."
-            " Next: choose --precision fp32, or leave it to auto"
+            f"this processor does not multiply {precision} numbers in hardware, which makes them slower than fp32. "
+            "Next: choose --precision fp32, or leave it to auto"
         )
     return Chosen(device, precision)
 

@@ -1,7 +1,7 @@
 """From a batch off the wire to what FBGEMM's lookup takes: values and offsets, padded to a number of rows.
 
-x [rows, vectors, dim] is what the lookup writes: vector 0 is left for the bottom MLP's output, 1 to F are the tables, the
-rest pads. A vector without a table has an empty bag, for which FBGEMM writes zeros: nothing is ever concatenated.
+x [rows, vectors, dim] is what the lookup writes: vector 0 is left for the bottom MLP's output, 1 to F are the tables,
+the rest pads. A vector without a table has an empty bag, for which FBGEMM writes zeros: nothing is ever concatenated.
 """
 
 import functools

@@ -62,6 +62,15 @@ def require_unit() -> Unit:
     )
 
 
+def is_here() -> bool:
+    """Whether a locked unit is installed."""
+    try:
+        require_unit()
+    except Unavailable:
+        return False
+    return True
+
+
 def table() -> str:
     """The units, for people."""
     rows = [("machine", "python", "torch", "fbgemm", "torchrec"), *(unit[:5] for unit in UNITS)]

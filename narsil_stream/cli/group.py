@@ -28,6 +28,7 @@ COMMANDS = (
     Entry("Use", "model", "narsil_stream.cli.model:model", "Make, inspect and check model artifacts."),
     Entry("Use", "score", "narsil_stream.cli.score:score", "Score rows of a file."),
     Entry("Use", "request", "narsil_stream.cli.request:request", "Send one request and print the answer."),
+    Entry("Use", "bench", "narsil_stream.cli.bench:bench", "Measure how fast this machine computes."),
     Entry("Use", "config", "narsil_stream.cli.config:config", "Show the effective configuration."),
 )
 

@@ -42,7 +42,8 @@ def import_(
 ) -> None:
     """Make an artifact in FOLDER of a TorchRec CHECKPOINT: the state dict of a DLRM or DLRM_DCN.
 
-    A file of torch.save(model.state_dict(), ...) or a .safetensors file. Nothing in it executes. Weights keep every bit.
+    A file of torch.save(model.state_dict(), ...) or a .safetensors file. Nothing in it executes. Weights keep every
+    bit.
 
     Example: narsil model import dlrm.pt models/ctr --name ctr
     """

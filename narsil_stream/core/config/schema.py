@@ -353,9 +353,9 @@ class Config(Struct, frozen=True, forbid_unknown_fields=True):
     backend: Annotated[
         BackendName,
         Meta(
-            description="What computes the scores. auto: native on a GPU with CuPy, else torch where its locked versions "
-            "are installed and pay off, else reference; native: our CUDA kernels; torch: TorchRec's operators; "
-            "reference: NumPy."
+            description="What computes the scores. auto: native on a GPU with CuPy, else torch where its locked "
+            "versions are installed and pay off, else reference; native: our CUDA kernels; torch: FBGEMM's "
+            "operators, as TorchRec; reference: NumPy."
         ),
     ] = "auto"
     precision: Annotated[
