@@ -48,7 +48,7 @@ def forward(model: Artifact, repeats: int = 15) -> Report:
     small = quantize(model, "INT8")
     rows = [*_reference(small, max(3, repeats // 5))]
     rows += _torch_cpu(model, small, repeats, absent)
-    rows += _gpu(small, repeats, absent)
+    rows += _cuda(small, repeats, absent)
     return Report(machine(), rows, absent)
 
 
@@ -63,31 +63,41 @@ def _torch_cpu(model: Artifact, small: Artifact, repeats: int, absent: dict[str,
     yield from torch_cpu.measure(model, small, repeats, absent)
 
 
-def _gpu(small: Artifact, repeats: int, absent: dict[str, str]) -> Iterator[Row]:
+def _cuda(small: Artifact, repeats: int, absent: dict[str, str]) -> Iterator[Row]:
+    """The families that compute on a GPU, each with FBGEMM's graph as baseline where torch is here too."""
+    baseline = _fbgemm(small, absent)
     try:
         native.require_gpu()
     except native.Unavailable as error:
-        absent["native"] = absent["torch on CUDA"] = str(error)
-        return
-    baseline = None
-    try:
-        torch_family.require_unit()
-        from narsil_stream.bench.fbgemm import FbgemmDlrm
+        absent["native"] = str(error)
+    else:
+        from narsil_stream.bench import native as own
 
-        baseline = FbgemmDlrm(small)
-        check("fbgemm", small, baseline.scores)
-    except torch_family.Unavailable as error:
-        absent["fbgemm"] = absent["torch on CUDA"] = str(error)
-    from narsil_stream.bench import native as own
-
-    ways, lacking = own.ways(small)
-    absent |= lacking
-    yield from own.latency(small, ways, baseline, LATENCY_ROWS, repeats)
-    yield from own.throughput(small, ways, THROUGHPUT_ROWS, repeats)
+        ways, lacking = own.ways(small)
+        absent |= lacking
+        yield from own.latency(small, ways, baseline, LATENCY_ROWS, repeats)
+        yield from own.throughput(small, ways, THROUGHPUT_ROWS, repeats)
     if baseline is not None:
         from narsil_stream.bench import torch_cuda
 
         yield from torch_cuda.measure(small, baseline, LATENCY_ROWS, repeats)
+
+
+def _fbgemm(small: Artifact, absent: dict[str, str]) -> Any:
+    """The baseline on a GPU, None without one."""
+    try:
+        torch_family.require_unit()
+        from narsil_stream.kernels.torch_family.devices import resolve
+
+        resolve("cuda", "fp16")
+    except torch_family.Unavailable as error:
+        absent["torch on CUDA"] = absent["fbgemm-graph"] = str(error)
+        return None
+    from narsil_stream.bench.fbgemm import FbgemmDlrm
+
+    baseline = FbgemmDlrm(small)
+    check("fbgemm", small, baseline.scores)
+    return baseline
 
 
 def batches(spec: ModelSpec, rows: int, count: int = BATCHES) -> list[RaggedBatch]:

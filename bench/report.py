@@ -77,6 +77,7 @@ def plot(report: Report, file: Path) -> None:
     except ImportError as error:
         raise NoPlot("a picture needs matplotlib. Next: pip install 'narsil-stream[bench]'") from error
     matplotlib.use("Agg")
+    matplotlib.rcParams["svg.fonttype"] = "none"  # text stays text: small, searchable
     from matplotlib.figure import Figure
 
     ways: dict[str, list[tuple[int, float]]] = {}

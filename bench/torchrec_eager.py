@@ -42,6 +42,9 @@ class TorchRecEager:
         self._model.load_state_dict(state, assign=True)
         self._model.eval()
 
+    def state_dict(self) -> Any:
+        return self._model.state_dict()
+
     def run(self, batch: RaggedBatch, scores: NDArray[np.float32]) -> None:
         """The Backend protocol's call, one-hot: from ordinary arrays to scores in an ordinary array."""
         assert batch.lengths is None

@@ -30,8 +30,8 @@ Models = dict[tuple[str, RowType], Artifact]
 
 @pytest.fixture(scope="session")
 def models() -> Models:
-    """Trained on 20,000 synthetic clicks, in each row type."""
-    full = {architecture: parity.trained(architecture, 20_000) for architecture in parity.ARCHITECTURES}
+    """Trained on 12,000 synthetic clicks, in each row type."""
+    full = {architecture: parity.trained(architecture, 12_000) for architecture in parity.ARCHITECTURES}
     return {(a, kind): m if kind == "FP32" else quantize(m, kind) for a, m in full.items() for kind in parity.ROWS}
 
 
@@ -92,7 +92,7 @@ def test_empty_batches_and_empty_bags_are_no_exception(backend: Backend, family:
 def test_int8_rows_stay_near_fp32_scores(models: Models, architecture: str) -> None:
     """What `narsil model quantize` costs on a trained model."""
     full, small = models[architecture, "FP32"], models[architecture, "INT8"]
-    found = parity.apart(Reference(small), full, random_batch(full.spec, 20_000, seed=1))
+    found = parity.apart(Reference(small), full, random_batch(full.spec, 5_000, seed=1))
     assert found.score <= parity.INT8_TO_FP32
 
 
