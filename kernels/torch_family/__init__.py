@@ -6,6 +6,7 @@ Importing this package needs no torch; `load` does.
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal
 
+from narsil_stream.kernels.torch_family.fbgemm_logs import quieten
 from narsil_stream.kernels.torch_family.unit import UNITS, Unavailable, require_unit
 
 if TYPE_CHECKING:
@@ -25,6 +26,7 @@ def load(artifact: Path, *, precision: str = "auto", device: Device = "auto") ->
     Raises Unavailable: no locked unit, no such device, a precision that it cannot do; ArtifactError: unfit artifact.
     """
     require_unit()
+    quieten()
     from narsil_stream.kernels.artifact import read
     from narsil_stream.kernels.torch_family.devices import build, resolve
 

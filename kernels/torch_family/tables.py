@@ -11,7 +11,11 @@ from fbgemm_gpu.split_table_batched_embeddings_ops_inference import IntNBitTable
 from narsil_stream.kernels.artifact import Artifact
 from narsil_stream.kernels.torch_family.packing import Packing
 
-_OUTPUT = {torch.float32: SparseType.FP32, torch.bfloat16: SparseType.BF16, torch.float16: SparseType.FP16}
+_OUTPUT = {
+    torch.float32: SparseType.FP32,
+    torch.bfloat16: SparseType.BF16,
+    torch.float16: SparseType.FP16,
+}
 
 
 class Tables:
