@@ -29,6 +29,7 @@ COMMANDS = (
     Entry("Use", "score", "narsil_stream.cli.score:score", "Score rows of a file."),
     Entry("Use", "request", "narsil_stream.cli.request:request", "Send one request and print the answer."),
     Entry("Use", "token", "narsil_stream.cli.token:token", "Make a bearer token for the gateways."),
+    Entry("Use", "bench", "narsil_stream.cli.bench:bench", "Measure how fast this machine computes."),
     Entry("Use", "config", "narsil_stream.cli.config:config", "Show the effective configuration."),
 )
 

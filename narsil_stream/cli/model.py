@@ -1,47 +1,27 @@
-"""`narsil model`: make, train, shrink, look at and check artifacts."""
+"""`narsil model`: make, train, import, shrink, look at and check artifacts."""
 
-import functools
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, ParamSpec, TypeVar
+from typing import TYPE_CHECKING, Any
 
 import rich_click as click
 
+from narsil_stream.cli.model_errors import plain_errors
+from narsil_stream.cli.model_exchange import export, import_
 from narsil_stream.cli.model_shape import Shape, shape_options
 
 if TYPE_CHECKING:
     from narsil_stream.kernels.train import Watch
     from narsil_stream.schemas.model import ModelSpec, RowType
 
-P = ParamSpec("P")
-R = TypeVar("R")
-
 _folder = click.Path(path_type=Path)
-
-
-def _plain_errors(command: Callable[P, R]) -> Callable[P, R]:
-    """Faults of artifacts and files end in one message and exit code 1."""
-
-    @functools.wraps(command)
-    def run(*args: P.args, **kwargs: P.kwargs) -> R:
-        from narsil_stream.kernels.artifact import ArtifactError
-        from narsil_stream.kernels.train import TrainError
-
-        try:
-            return command(*args, **kwargs)
-        except BrokenPipeError:
-            raise  # click ends quietly when the reader of a pipe has left
-        except (ArtifactError, TrainError, OSError) as error:
-            raise click.ClickException(str(error)) from None
-
-    return run
 
 
 @click.group(context_settings={"help_option_names": ["-h", "--help"]})
 def model() -> None:
-    """Make, train, shrink, inspect and check model artifacts.
+    """Make, import, train, shrink, inspect and check model artifacts.
 
     An artifact is a folder: model.json says what the model is, weights.safetensors holds its numbers. Nothing in it
     ever executes.
@@ -56,6 +36,10 @@ def model() -> None:
     """
 
 
+model.add_command(import_)
+model.add_command(export)
+
+
 @model.command()
 @click.argument("folder", type=_folder)
 @shape_options
@@ -66,7 +50,7 @@ def model() -> None:
 @click.option(
     "--precision", type=click.Choice(["FP32", "FP16", "INT8"]), default="FP32", show_default=True, help="Of table rows."
 )
-@_plain_errors
+@plain_errors
 def init(folder: Path, shape: Shape, seed: int, overwrite: bool, dense: int, tables: int, precision: "RowType") -> None:
     """Write a model with random weights: to try the pipeline or to measure it.
 
@@ -101,7 +85,7 @@ def init(folder: Path, shape: Shape, seed: int, overwrite: bool, dense: int, tab
     "--holdout-every", type=click.IntRange(2), default=10, show_default=True, help="Measure on every so many lines."
 )
 @click.option("--skip-bad", is_flag=True, help="Leave out bad rows and count them, instead of ending at the first.")
-@_plain_errors
+@plain_errors
 def train(data: Path, folder: Path, shape: Shape, seed: int, overwrite: bool, **settings: Any) -> None:
     """Train a model on labelled Criteo rows (a file: label, I1 to I13, C1 to C26, TAB between) and write it to FOLDER.
 
@@ -131,7 +115,7 @@ def train(data: Path, folder: Path, shape: Shape, seed: int, overwrite: bool, **
     "--rows", type=click.IntRange(1), default=10_000, show_default=True, help="Random rows to compare the scores on."
 )
 @click.option("--overwrite", is_flag=True, help="Replace an artifact that stands at TARGET.")
-@_plain_errors
+@plain_errors
 def quantize(source: Path, target: Path, dtype: "RowType", rows: int, overwrite: bool) -> None:
     """Write the model in SOURCE with smaller embedding rows to TARGET, and say what that does to its scores.
 
@@ -164,7 +148,7 @@ def quantize(source: Path, target: Path, dtype: "RowType", rows: int, overwrite:
 @model.command()
 @click.argument("folder", type=_folder)
 @click.option("--json", "as_json", is_flag=True, help="Print JSON, for scripts.")
-@_plain_errors
+@plain_errors
 def inspect(folder: Path, as_json: bool) -> None:
     """Show what a model is: tables, layers, sizes, precision, metrics. Reads model.json alone, so it is always quick.
 
@@ -186,7 +170,7 @@ def inspect(folder: Path, as_json: bool) -> None:
 
 @model.command()
 @click.argument("folder", type=_folder)
-@_plain_errors
+@plain_errors
 def verify(folder: Path) -> None:
     """Check every byte of an artifact: sha256, names, types and shapes of all tensors, no NaN. Exit code 1 if unfit.
 
@@ -206,7 +190,7 @@ def verify(folder: Path) -> None:
 @click.option("--rows", type=click.IntRange(1), default=100_000, show_default=True, help="How many.")
 @click.option("--seed", type=click.IntRange(0), default=0, show_default=True, help="Another draws other rows.")
 @click.option("--labels/--no-labels", default=True, show_default=True, help="Whether rows begin with their label.")
-@_plain_errors
+@plain_errors
 def synthesize(file: Any, rows: int, seed: int, labels: bool) -> None:
     """Write synthetic click rows in Criteo's format to FILE (- for standard output).
 

@@ -45,7 +45,7 @@ def test_help_teaches_by_one_example_each_and_imports_no_numerics() -> None:
     code = (
         "import sys; from click.testing import CliRunner; from narsil_stream.cli.model import model;"
         "runs = [CliRunner().invoke(model, [*name, '--help']).output for name in [[], *([n] for n in model.commands)]];"
-        "assert len(runs) == 7 and all('Example' in out for out in runs), runs;"
+        "assert len(runs) == 9 and all('Example' in out for out in runs), runs;"
         "assert not {'numpy', 'torch', 'safetensors'} & set(sys.modules)"
     )
     done = subprocess.run([sys.executable, "-c", code], check=False, capture_output=True, text=True)
