@@ -19,6 +19,7 @@ from narsil_stream.actors.queue import ModelKey
 from narsil_stream.actors.repository import Found, Loaded, Loader, Missing, Name, Repository, digest, load
 from narsil_stream.core.config import Config
 from narsil_stream.kernels.artifact import ArtifactError
+from narsil_stream.kernels.families import Unfit
 from narsil_stream.schemas.errors import Fault, Refused
 from narsil_stream.schemas.internal import BatcherBeat, ModelRef
 from narsil_stream.schemas.oip import RepositoryEntry
@@ -131,7 +132,7 @@ class Shelf:
                 ref = await self._put(found)
             except Missing as error:
                 raise Refused(Fault.NOT_FOUND, str(error)) from None
-            except ArtifactError as error:
+            except (ArtifactError, Unfit) as error:
                 detail = f"model '{model}' could not be loaded: {self._repository.plain(error)}"
                 raise Refused(Fault.INTERNAL, detail) from None
             except Exception as error:
@@ -180,7 +181,7 @@ class Shelf:
         self._states[found.name] = RepositoryEntry(*found.name, "LOADING")
         try:
             loaded = await self._in_thread(load, found, self._load, self._config.batch.max_rows)
-        except ArtifactError as error:
+        except (ArtifactError, Unfit) as error:
             log.error("model %s version %s was not loaded: %s", *found.name, error)
             self._states[found.name] = RepositoryEntry(*found.name, "UNAVAILABLE", self._repository.plain(error))
             raise
