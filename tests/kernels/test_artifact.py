@@ -203,13 +203,25 @@ def test_a_description_with_a_fault_is_refused_with_its_place(folder: Path, faul
         read(folder)
 
 
-def test_a_description_of_the_first_release_means_what_it_meant(folder: Path) -> None:
+STORED: dict[str, tuple[str, Architecture]] = {
+    "dlrm-dot": (
+        '{"kind": "dlrm-dot", "dense": 3, "dim": 4, "bottom": [5, 4], "top": [6, 1], "pooling": "sum"}',
+        DlrmDot(dense=3, dim=4, bottom=(5, 4), top=(6, 1), pooling="sum"),
+    ),
+    "dcn-v2": (
+        '{"kind": "dcn-v2", "dense": 3, "dim": 4, "bottom": [5, 4], "top": [6, 1], "pooling": "mean", '
+        '"cross_layers": 2, "cross_rank": 7}',
+        DcnV2(dense=3, dim=4, bottom=(5, 4), top=(6, 1), pooling="mean", cross_layers=2, cross_rank=7),
+    ),
+}
+
+
+@pytest.mark.parametrize("kind", STORED)
+def test_a_description_of_an_earlier_release_means_what_it_meant(folder: Path, kind: str) -> None:
     """Artifacts outlive releases."""
-    (folder / MODEL).write_text(
-        '{"name": "ctr", "architecture": {"kind": "dlrm-dot", "dense": 3, "dim": 4, "bottom": [5, 4], "top": [6, 1], '
-        '"pooling": "sum"}, "tables": [{"name": "C1", "rows": 9, "dtype": "INT8"}], "files": {}}'
-    )
-    architecture = DlrmDot(dense=3, dim=4, bottom=(5, 4), top=(6, 1), pooling="sum")
+    text, architecture = STORED[kind]
+    tables = '[{"name": "C1", "rows": 9, "dtype": "INT8"}]'
+    (folder / MODEL).write_text(f'{{"name": "ctr", "architecture": {text}, "tables": {tables}, "files": {{}}}}')
     assert read_spec(folder) == ModelSpec("ctr", architecture, (Table("C1", 9, "INT8"),))
 
 
