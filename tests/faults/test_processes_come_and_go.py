@@ -16,7 +16,7 @@ from tests.asking import metric, some_rows
 from tests.faults.serving import Serve, alive, ready
 from tests.faults.traffic import Traffic
 from tests.gateways.calling import GrpcCaller, close, infer_message
-from tests.support import PATIENCE_S, narsil, until
+from tests.support import PATIENCE_S, invoke, narsil, until
 
 MANY = 1_000
 
@@ -106,6 +106,26 @@ def test_several_grpc_gateways_share_one_port_beside_the_http_gateway(criteo_mod
             with GrpcCaller(port) as call:
                 assert close(call("ModelInfer", infer_message(rows.part(row))).scores, rows.part(row))
         until(lambda: len(grpc_counts(serve)) == 2 and sum(grpc_counts(serve)) == 32, "all are counted, by both")
+
+
+def test_a_door_without_processes_stays_shut_and_is_not_advertised(criteo_model: Path, tmp_path: Path) -> None:
+    """Its port may belong to somebody else."""
+    with socket.create_server(("127.0.0.1", 0)) as taken:
+        port = str(taken.getsockname()[1])
+        with Serve(criteo_model, tmp_path, "--http-processes", "0", "--http-port", port) as serve:
+            rows = some_rows(criteo_model, 1)
+            with GrpcCaller(serve.grpc_port) as call:
+                assert close(call("ModelInfer", infer_message(rows)).scores, rows)
+            shown = serve.log.read_text()
+            assert "curl" not in shown and "narsil request" in shown
+            assert [row["process"] for row in serve.actors() if row["kind"] == "gateway"] == ["grpc gateway"]
+
+
+def test_a_gateway_without_a_door_is_refused() -> None:
+    """It would run for ever and serve nobody."""
+    done = invoke("gateway", "--http-processes", "0", "--grpc-processes", "0")
+    assert done.exit_code == 2
+    assert "no port to open" in done.output
 
 
 def grpc_counts(serve: Serve) -> list[float]:
