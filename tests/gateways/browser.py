@@ -1,17 +1,33 @@
 """Chromium, driven over a pipe by its DevTools protocol: no driver program and no package is needed."""
 
 import base64
+import contextlib
 import itertools
 import json
 import os
 import shutil
+import signal
 import subprocess
+import sys
 import tempfile
 from pathlib import Path
 from typing import Any, Self
 
 from tests.support import until
 
+FLAGS = (
+    "--headless=new", "--no-sandbox", "--disable-gpu", "--disable-dev-shm-usage", "--no-first-run",
+    "--remote-debugging-pipe",
+)  # fmt: skip
+"""Chromium has no sandbox for root, as whom containers run; what it shows here is our own."""
+ON_3_AND_4 = """
+import fcntl, os, sys
+theirs, answers = (fcntl.fcntl(int(fd), fcntl.F_DUPFD, 10) for fd in sys.argv[1:3])
+os.dup2(theirs, 3)
+os.dup2(answers, 4)
+os.execv(sys.argv[3], sys.argv[3:])
+"""
+"""Chromium's protocol is on these two descriptors."""
 NAMES = ("chromium", "chromium-browser", "google-chrome", "google-chrome-stable", "chrome")
 
 
@@ -33,18 +49,17 @@ class Browser:
 
     def __enter__(self) -> Self:
         self._folder = tempfile.TemporaryDirectory(prefix="narsil-browser-", ignore_cleanup_errors=True)
-        to_us, self._write = os.pipe()
-        self._read, from_us = os.pipe()
-        self._process = subprocess.Popen(
-            # The protocol is on descriptors 3 and 4.
-            ["sh", "-c", f'exec "$@" 3<&{to_us} 4>&{from_us}', "sh", self._path, "--headless=new", "--no-sandbox",
-             "--disable-gpu", "--disable-dev-shm-usage", "--no-first-run", "--remote-debugging-pipe",
-             f"--user-data-dir={self._folder.name}", "about:blank"],
-            pass_fds=(to_us, from_us), stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL,
-        )  # fmt: skip
-        os.close(to_us)
-        os.close(from_us)
-        self._incoming = os.fdopen(self._read, "rb")
+        theirs, self._write = os.pipe()
+        ours, answers = os.pipe()
+        command = [self._path, *FLAGS, f"--user-data-dir={self._folder.name}", "about:blank"]
+        with (Path(self._folder.name) / "log").open("wb") as log:
+            self._process = subprocess.Popen(
+                [sys.executable, "-c", ON_3_AND_4, str(theirs), str(answers), *command],
+                pass_fds=(theirs, answers), stdout=log, stderr=log, start_new_session=True,
+            )  # fmt: skip
+        os.close(theirs)
+        os.close(answers)
+        self._incoming = os.fdopen(ours, "rb")
         self._session = ""
         target = self.call("Target.createTarget", url="about:blank")["targetId"]
         self._session = self.call("Target.attachToTarget", targetId=target, flatten=True)["sessionId"]
@@ -53,7 +68,8 @@ class Browser:
         return self
 
     def __exit__(self, *error: object) -> None:
-        self._process.kill()
+        with contextlib.suppress(ProcessLookupError):
+            os.killpg(self._process.pid, signal.SIGKILL)  # it has children of its own
         self._process.wait()
         self._incoming.close()
         os.close(self._write)
@@ -95,7 +111,7 @@ class Browser:
     def _next(self) -> Any:
         data = bytearray()
         while (byte := self._incoming.read(1)) != b"\0":
-            assert byte, "the browser has ended"
+            assert byte, f"the browser has ended: {(Path(self._folder.name) / 'log').read_text()}"
             data += byte
         return json.loads(data)
 
