@@ -6,6 +6,7 @@ Everything that decides is in `scheduling`; here are the clock, the messages and
 import asyncio
 import contextlib
 import logging
+import time
 from collections.abc import Callable, Iterable
 from itertools import accumulate
 
@@ -17,17 +18,21 @@ from nats.micro.service import EndpointStats
 from narsil_stream.actors.answering import Answering, Caller
 from narsil_stream.actors.batcher_metrics import BatcherMetrics
 from narsil_stream.actors.catalogue import Catalogue, Described
-from narsil_stream.actors.decisions import Decision, Dispatch, Drop, Plead, Rules
+from narsil_stream.actors.decisions import Decision, Dispatch, Drop, Plead, rules
+from narsil_stream.actors.flights import Flight
+from narsil_stream.actors.joining import join
 from narsil_stream.actors.queue import State, Ticket
-from narsil_stream.actors.scheduling import Scheduler
+from narsil_stream.actors.reception import Published, Reception
+from narsil_stream.actors.scheduling import FLOAT_BYTES, Scheduler
+from narsil_stream.actors.statistics import Statistics
 from narsil_stream.core.actor import Actor, now_us, unix_us
-from narsil_stream.core.admission import Rows, one_hot_lengths
 from narsil_stream.core.bus import Bus
 from narsil_stream.core.config import Config
-from narsil_stream.schemas import codec, subjects
+from narsil_stream.schemas import subjects
 from narsil_stream.schemas.errors import Fault, Refused
 from narsil_stream.schemas.internal import (
     Ask,
+    Asking,
     Batch,
     BatcherBeat,
     Bundle,
@@ -41,14 +46,12 @@ from narsil_stream.schemas.wire import InferAnswer, InferRequest, Tensor
 
 log = logging.getLogger(__name__)
 
-DEFAULT_PRIORITY = 128
 BATCH_HEADER = 1_024
 """Bytes of a batch message beside its rows."""
-JSON_BYTES = 4 << 20
-"""Of one request: reading it must not hold up the event loop for as long as a failover takes."""
 MAILBOX = 65_536
 
 _decode = msgspec.msgpack.Decoder(ToBatcher).decode
+_decode_asking = msgspec.msgpack.Decoder(Asking).decode
 _decode_beat = msgspec.msgpack.Decoder(ExecutorBeat).decode
 
 
@@ -56,23 +59,8 @@ class Hello(Struct, frozen=True):
     """Somebody new wants to know who is here."""
 
 
-class Published(Struct, frozen=True):
-    """A request on a public subject, as it came."""
-
-    subject: str
-    reply: str
-    payload: bytes
-
-
 class BrokerLost(Struct, frozen=True):
     """Gateways and clients have told their callers by now."""
-
-
-class Work(Struct, frozen=True):
-    """What a ticket stands for."""
-
-    rows: Rows
-    caller: Caller
 
 
 Message = Bundle | Cancel | Result | Grant | ExecutorBeat | Described | Published | Hello | BrokerLost
@@ -85,12 +73,13 @@ class Batcher(Actor[Message]):
         super().__init__(MAILBOX)
         self._config = config
         self._bus = bus
-        self.policy = Scheduler(self.name, self._rules(config, bus.max_payload))
+        self.policy = Scheduler(self.name, rules(config, bus.max_payload - BATCH_HEADER))
         self._catalogue = Catalogue(bus, self.mailbox.put_urgent)
         self._metrics = BatcherMetrics(self.registry, self.policy, self.mailbox)
+        self._reception = Reception(config.batch, self._catalogue, self.policy, self._metrics)
+        self._counts = Statistics()
         self._open: dict[tuple[str, int], Ticket] = {}
         self._answering = Answering(bus, self.name)
-        self._tickets = 0
         self._beat_due_us = 0
         self._phase = "up"
         self._idle = asyncio.Event()
@@ -102,17 +91,19 @@ class Batcher(Actor[Message]):
     # Life
 
     async def start(self) -> None:
-        await self._bus.listen(subjects.batcher(self.name), self._take, _decode, owner=self)
+        await self._bus.listen(subjects.ask(self.name), self._take_asking, _decode_asking, owner=self)
+        await self._bus.listen(subjects.batcher(self.name), self.mailbox.put_urgent, _decode, owner=self)
         await self._bus.listen(subjects.EXECUTOR_BEAT, self.mailbox.put_urgent, _decode_beat, owner=self)
         await self._bus.subscribe(subjects.HELLO, lambda _: self.mailbox.put_urgent(Hello()), owner=self)
         await self._bus.respond(subjects.describe(self.name), self._catalogue.described, owner=self)
+        await self._bus.respond(subjects.statistics(self.name), self._counts.report, owner=self)
         await self._bus.flush()
         self._bus.signal(subjects.HELLO)
         self._bus.on_lost.append(self._on_lost)
         self._joining = asyncio.create_task(self._join_public(), name=f"{self.name} joins")
 
     async def _join_public(self) -> None:
-        """Take from the public subjects once there is a model to serve: others of the group may have one already.
+        """Take from the public subjects once it is known what is served: others of the group may know already.
 
         Alone it takes them all the same, after two leases, so that producers are told UNAVAILABLE.
         """
@@ -156,12 +147,13 @@ class Batcher(Actor[Message]):
         self._catalogue.stop()
         if self._on_lost in self._bus.on_lost:
             self._bus.on_lost.remove(self._on_lost)
-        heard = (
+        own = (
+            subjects.ask(self.name),
             subjects.batcher(self.name),
-            subjects.EXECUTOR_BEAT,
-            subjects.HELLO,
             subjects.describe(self.name),
+            subjects.statistics(self.name),
         )
+        heard = (*own, subjects.EXECUTOR_BEAT, subjects.HELLO)
         await self._leave_public()
         await asyncio.gather(*(self._bus.unsubscribe(subject, owner=self) for subject in heard))
 
@@ -174,15 +166,14 @@ class Batcher(Actor[Message]):
 
     # Messages in
 
-    def _take(self, message: ToBatcher) -> None:
-        if isinstance(message, Bundle):
-            if subjects.reserved(message.reply):
-                self._metrics.no_answer.labels("reserved subject").inc()
-            elif not self.mailbox.put(message):
-                for ask in message.asks:
-                    self._refuse_unseen(Caller(message.reply, ask.slot, ask.request.id))
-        else:
+    def _take_asking(self, message: Asking) -> None:
+        if isinstance(message, Cancel):
             self.mailbox.put_urgent(message)
+        elif subjects.reserved(message.reply):
+            self._metrics.no_answer.labels("reserved subject").inc()
+        elif not self.mailbox.put(message):
+            for ask in message.asks:
+                self._refuse_unseen(Caller(message.reply, ask.slot, ask.request.id))
 
     def _take_published(self, message: Msg) -> None:
         if subjects.reserved(message.reply) or not message.reply:
@@ -190,7 +181,7 @@ class Batcher(Actor[Message]):
             return
         published = Published(message.subject, message.reply, message.data)
         if not self.mailbox.put(published):
-            self._refuse_unseen(Caller(message.reply, -1, "", codec.spelling_of(message.data)))
+            self._refuse_unseen(published.caller())
 
     def _refuse_unseen(self, caller: Caller) -> None:
         self._metrics.requests.offered.inc()
@@ -205,12 +196,11 @@ class Batcher(Actor[Message]):
             case Published():
                 self._admit_published(message)
             case Result():
-                tickets, decisions = self.policy.result(message, now_us())
-                self._act(decisions)
-                self._score(tickets, message)
+                self._take_result(message)
             case ExecutorBeat():
                 self._act(self.policy.beat(self._catalogue.known_only(message), now_us()))
-                if not self._served.is_set():
+                if self._catalogue.changed or not self._served.is_set():
+                    self._catalogue.changed = False
                     self._beat_due_us = 0
             case Grant():
                 self.policy.grant(message.executor, message.slot)
@@ -229,6 +219,7 @@ class Batcher(Actor[Message]):
         now = now_us()
         self._act(self.policy.decide(now))
         self._catalogue.keep(self.policy.executors)
+        self._forget_withdrawn()
         self._answering.send()
         if now >= self._beat_due_us:
             self._beat(now)
@@ -236,6 +227,13 @@ class Batcher(Actor[Message]):
             self._idle.set()
         wake = self.policy.wake_us(now)
         return self._beat_due_us if wake is None else min(wake, self._beat_due_us)
+
+    def _forget_withdrawn(self) -> None:
+        """Their executors wait for the beat that says so."""
+        if self._catalogue.withdrawn:
+            for key in self._catalogue.forget(self.policy.finishing()):
+                self.policy.forget(key)
+                self._beat_due_us = 0
 
     def _ask_for_beats(self) -> None:
         """What was just described is served from the next beat of its executor on."""
@@ -246,6 +244,7 @@ class Batcher(Actor[Message]):
             if not self._bus.is_local(reply):
                 del self._open[reply, slot]
                 self.policy.cancel(ticket)
+                self._counts.failed(ticket.model, now_us() - ticket.arrived_us)
                 self._metrics.requests.ended_badly(Fault.UNAVAILABLE.name)
 
     # Admission
@@ -255,59 +254,36 @@ class Batcher(Actor[Message]):
         self._admit(caller, ask.model, ask.version, lambda: ask.request, 0)
 
     def _admit_published(self, message: Published) -> None:
-        model, _, version = message.subject.removeprefix(f"{subjects.INFER}.").partition(".")
-        caller = Caller(message.reply, -1, "", codec.spelling_of(message.payload))
-        if caller.spelling is codec.Spelling.JSON and len(message.payload) > JSON_BYTES:
-            self._metrics.requests.offered.inc()
-            detail = f"{len(message.payload)} bytes of JSON; expected at most {JSON_BYTES}, or msgpack"
-            self._refuse(caller, Refused(Fault.TOO_LARGE, detail))
-            return
-        self._admit(caller, model, version, lambda: codec.decode_request(message.payload), len(message.payload))
+        self._admit(message.caller(), *message.target(), message.read, len(message.payload))
 
     def _admit(self, caller: Caller, model: str, version: str, read: Callable[[], InferRequest], held: int) -> None:
         """`held`: bytes of the message that views of its tensors keep in memory."""
         self._metrics.requests.offered.inc()
         self._stats.num_requests += 1
         try:
+            if self._phase == "gone":
+                raise Refused(Fault.UNAVAILABLE, "the batcher is stopping", 1_000)
             request = read()
             caller = msgspec.structs.replace(caller, id=request.id)
-            ticket = self._ticket(caller, model, version, request, held)
+            ticket = self._reception.ticket(caller, model, version, request, held)
             self.policy.offer(ticket, now_us())
         except Refused as refused:
+            self._count_refused(model, version)
             self._refuse(caller, refused)
             return
         except Exception:
             log.exception("a request could not be read")
+            self._count_refused(model, version)
             self._refuse(caller, Refused(Fault.INTERNAL, "the request could not be read"))
             return
         if caller.slot >= 0:
             self._open[caller.reply, caller.slot] = ticket
 
-    def _ticket(self, caller: Caller, model: str, version: str, request: InferRequest, held: int) -> Ticket:
-        if self._phase == "gone":
-            raise Refused(Fault.UNAVAILABLE, "the batcher is stopping", 1_000)
-        limits = self._config.batch
-        now = now_us()
-        budget_us = min(request.budget_us or limits.default_budget_us, limits.max_budget_us)
-        if request.sent_us:
-            age_us = unix_us() - request.sent_us
-            if age_us < 0:
-                self._metrics.early.inc()
-            if limits.stale_grace_us and age_us > budget_us + limits.stale_grace_us:
-                raise Refused(
-                    Fault.DEADLINE_EXCEEDED, f"sent {age_us} us ago, which is past its budget of {budget_us} us"
-                )
-        key, admission = self._catalogue.find(model, version, self.policy.executors.values())
-        rows = admission.rows(request)
-        if rows.count > limits.max_rows:
-            raise Refused(Fault.TOO_LARGE, f"input 'dense' has {rows.count} rows; expected at most {limits.max_rows}")
-        if held > 2 * rows.nbytes + 512:
-            rows = rows.copied()  # views would keep a message alive that is much larger than what is accounted for
-        self._tickets += 1
-        return Ticket(
-            self._tickets, key, rows.count, rows.nbytes, request.priority or DEFAULT_PRIORITY, now, now + budget_us,
-            Work(rows, caller),
-        )  # fmt: skip
+    def _count_refused(self, model: str, version: str) -> None:
+        """Against the model that was meant, if there is such a one."""
+        with contextlib.suppress(Refused):
+            key, _ = self._catalogue.find(model, version, self.policy.executors.values())
+            self._counts.failed(key)
 
     def _refuse(self, caller: Caller, refused: Refused) -> None:
         if refused.fault is Fault.DEADLINE_EXCEEDED:
@@ -320,6 +296,7 @@ class Batcher(Actor[Message]):
         ticket = self._open.pop((reply, slot), None)
         if ticket is not None and ticket.state is not State.DONE:
             self.policy.cancel(ticket)
+            self._counts.failed(ticket.model, now_us() - ticket.arrived_us)
             self._metrics.requests.ended_badly(Fault.CANCELLED.name)
 
     # Decisions
@@ -331,6 +308,7 @@ class Batcher(Actor[Message]):
                     self._dispatch(decision)
                 case Drop():
                     self._metrics.requests.ended_badly(decision.fault.name)
+                    self._counts.failed(decision.ticket.model, now_us() - decision.ticket.arrived_us)
                     caller = self._close(decision.ticket)
                     self._answer_error(caller, decision.fault, decision.detail, decision.retry_after_us)
                 case Plead():
@@ -346,40 +324,36 @@ class Batcher(Actor[Message]):
         if decision.again:
             self._metrics.resent.inc()
         try:
-            self._bus.send(subjects.executor(decision.executor), self._join(decision))
+            self._bus.send(subjects.executor(decision.executor), self._joined_batch(decision))
         except Refused as refused:
             log.warning("a batch was not sent (%s); it goes again", refused.detail)
             if refused.fault is Fault.TOO_LARGE:
                 self._act(self.policy.too_large(decision, refused.detail))
 
-    def _join(self, decision: Dispatch) -> Batch:
-        parts: list[Rows] = [ticket.payload.rows for ticket in decision.tickets]
-        lengths = b""
-        if any(rows.lengths is not None for rows in parts):
-            n_sparse = self._catalogue.spec(decision.model).n_sparse
-            lengths = b"".join(one_hot_lengths(rows, n_sparse) for rows in parts)
-        return Batch(
-            decision.batch,
-            self.name,
-            decision.slot,
-            decision.model.name,
-            decision.model.version,
-            self._catalogue.digest(decision.model),
-            decision.rows,
-            memoryview(b"".join(rows.dense for rows in parts)),
-            memoryview(b"".join(rows.ids for rows in parts)),
-            memoryview(lengths),
-            decision.budget_us,
-            decision.demand,
-        )
+    def _joined_batch(self, decision: Dispatch) -> Batch:
+        started = time.perf_counter_ns()
+        batch = join(self.name, decision, self._catalogue.spec(decision.model))
+        flight = self.policy.executors.flight(decision.executor, decision.batch)
+        if flight is not None:
+            flight.joined_ns = time.perf_counter_ns() - started
+        return batch
 
     # Answers
 
-    def _score(self, tickets: list[Ticket], result: Result) -> None:
+    def _take_result(self, result: Result) -> None:
+        flight = self.policy.executors.flight(result.executor, result.batch)
+        tickets, decisions = self.policy.result(result, now_us())
+        self._act(decisions)
+        if flight is not None and result.scores.nbytes == FLOAT_BYTES * flight.rows:
+            self._score(flight, tickets, result)
+
+    def _score(self, flight: Flight, tickets: list[Ticket], result: Result) -> None:
         """`tickets` in the order of the batch's rows; those that ended meanwhile are passed over."""
+        started = time.perf_counter_ns()
         scores = result.scores
         now = now_us()
         starts = accumulate((ticket.rows for ticket in tickets), initial=0)
+        answered = []
         for ticket, start in zip(tickets, starts, strict=False):
             if ticket.state is State.DONE:
                 continue
@@ -390,6 +364,9 @@ class Batcher(Actor[Message]):
             self._stats.processing_time += took_us * 1_000
             output = Tensor("scores", "FP32", (ticket.rows,), scores[4 * start : 4 * (start + ticket.rows)])
             self._answering.answer(caller, InferAnswer(caller.id, (output,), ticket.model.name, ticket.model.version))
+            answered.append(ticket)
+        split_ns = time.perf_counter_ns() - started
+        self._counts.computed(flight, answered, result.service_us, split_ns, now, unix_us() // 1_000)
 
     def _close(self, ticket: Ticket) -> Caller:
         caller: Caller = ticket.payload.caller
@@ -409,7 +386,8 @@ class Batcher(Actor[Message]):
         self._beat_due_us = now + self._config.timing.beat_ms * 1_000
         policy = self.policy
         served = self._catalogue.served(policy.executors.values())
-        if served:
+        unloaded = self._catalogue.unloaded()
+        if served or unloaded:
             self._served.set()
         due = [at for queue in policy.queues.values() if queue.count and (at := queue.earliest_deadline()) is not None]
         self._bus.broadcast(
@@ -422,20 +400,7 @@ class Batcher(Actor[Message]):
                 max(0, min(due, default=now) - now),
                 self._phase,
                 self._config.timing.lease_ms,
+                tuple(key.digest for key in policy.finishing()),
+                unloaded and self._joined,
             ),
-        )
-
-    @staticmethod
-    def _rules(config: Config, max_payload: int) -> Rules:
-        batch, timing = config.batch, config.timing
-        return Rules(
-            max_rows=batch.max_rows,
-            max_bytes=max_payload - BATCH_HEADER,
-            queue_rows=batch.queue_rows,
-            queue_bytes=batch.queue_bytes,
-            lease_us=timing.lease_ms * 1_000,
-            failover_floor_us=timing.failover_floor_ms * 1_000,
-            failover_factor=timing.failover_factor,
-            linger_us=batch.linger_us,
-            coalesce=config.mode != "worker",
         )

@@ -32,7 +32,7 @@ class Serving(Protocol):
     """The policy's view of an executor."""
 
     up: bool
-    models: frozenset[ModelKey]
+    offers: frozenset[ModelKey]
 
 
 class Entry(Struct, frozen=True):
@@ -41,7 +41,9 @@ class Entry(Struct, frozen=True):
 
 
 class Catalogue:
-    """Executors that call different weights by one name and version are not mixed: the first known one counts."""
+    """Executors may call different weights by one name and version, as they do while these are replaced: requests are
+    then admitted for those that were known first, as long as somebody offers them.
+    """
 
     def __init__(self, bus: Bus, tell: Callable[[Described], None]) -> None:
         self._bus = bus
@@ -49,20 +51,32 @@ class Catalogue:
         self._cards: dict[str, ModelCard] = {}
         self._offered: dict[str, tuple[ModelRef, ...]] = {}
         self._entries: dict[ModelKey, Entry] = {}
+        """In the order in which they became known."""
         self._versions: dict[str, list[ModelKey]] = {}
-        """Of each model, the newest first."""
+        """Of each model that is not withdrawn, the newest version first."""
+        self.withdrawn: set[ModelKey] = set()
+        """No executor offers them any more, on purpose; requests may still wait for them."""
         self._asking: dict[str, asyncio.Task[None]] = {}
+        self.changed = False
+        """Set when there is more or less on offer than before."""
 
     def known_only(self, beat: ExecutorBeat) -> ExecutorBeat:
         """The beat with those models alone that can be served; unknown ones are asked for."""
         if beat.state == "gone":
             self._offered.pop(beat.executor, None)
             return beat
+        before = self._offered.get(beat.executor)
         self._offered[beat.executor] = beat.models
+        if before != beat.models:
+            self.changed = True
+            self._withdraw(before or ())
         if any(ref.digest not in self._cards for ref in beat.models):
             self._ask(beat.executor)
-        known = tuple(ref for ref in beat.models if self._fits(ref))
-        return beat if len(known) == len(beat.models) else msgspec.structs.replace(beat, models=known)
+        models = tuple(ref for ref in beat.models if self._enter(ref))
+        retiring = tuple(ref for ref in beat.retiring if _key(ref) in self._entries)
+        if len(models) == len(beat.models) and len(retiring) == len(beat.retiring):
+            return beat
+        return msgspec.structs.replace(beat, models=models, retiring=retiring)
 
     def add(self, described: Described) -> None:
         for card in described.cards:
@@ -73,34 +87,41 @@ class Catalogue:
         if len(self._offered) > len(executors):
             self._offered = {name: refs for name, refs in self._offered.items() if name in executors}
 
+    def forget(self, finishing: Collection[ModelKey]) -> list[ModelKey]:
+        """Drop withdrawn models that nothing waits for any more, and return them."""
+        gone = [key for key in self.withdrawn if key not in finishing]
+        for key in gone:
+            self.withdrawn.remove(key)
+            del self._entries[key]
+            self._cards.pop(key.digest, None)
+        return gone
+
     def find(self, model: str, version: str, executors: Collection[Serving]) -> tuple[ModelKey, Admission]:
         """The newest version that is served now, unless one is named. Raises `Refused` NOT_FOUND or UNAVAILABLE."""
-        key = ModelKey(model, version) if version else self._newest(model, executors)
-        entry = self._entries.get(key) if key is not None else None
-        if key is not None and entry is not None:
-            return key, entry.admission
-        if not executors or self._asking or not self._entries:
+        keys = [key for key in self._versions.get(model, ()) if version in ("", key.version)]
+        served = (key for key in keys if any(e.up and key in e.offers for e in executors))
+        key = next(served, keys[0] if keys else None)
+        if key is not None:
+            return key, self._entries[key].admission
+        if not executors or any(ref.digest not in self._cards for refs in self._offered.values() for ref in refs):
             raise Refused(Fault.UNAVAILABLE, "no executor is alive", 500_000)
-        served = ", ".join(f"'{k.name}' version {k.version}" for k in sorted(self._entries)) or "none"
+        known = sorted({(key.name, key.version) for keys in self._versions.values() for key in keys})
+        names = ", ".join(f"'{name}' version {of}" for name, of in known) or "none"
         wanted = f"'{model}'" + (f" version '{version}'" if version else "")
-        raise Refused(Fault.NOT_FOUND, f"model {wanted} is not served here; served: {served}")
-
-    def _newest(self, model: str, executors: Collection[Serving]) -> ModelKey | None:
-        versions = self._versions.get(model, [])
-        served = (key for key in versions if any(e.up and key in e.models for e in executors))
-        return next(served, versions[0] if versions else None)
+        raise Refused(Fault.NOT_FOUND, f"model {wanted} is not served here; served: {names}")
 
     def spec(self, key: ModelKey) -> ModelSpec:
         return self._entries[key].card.spec
 
-    def digest(self, key: ModelKey) -> str:
-        return self._entries[key].card.digest
-
     def served(self, executors: Iterable[Serving]) -> tuple[ModelRef, ...]:
-        """What some live executor serves now; of each model the newest version last."""
-        keys = {key for executor in executors if executor.up for key in executor.models}
-        in_order = sorted(keys, key=lambda key: (key.name, newness(key.version)))
-        return tuple(ModelRef(k.name, k.version, self.digest(k)) for k in in_order if k in self._entries)
+        """What some live executor offers now; of each model the newest version last."""
+        keys = {key for executor in executors if executor.up for key in executor.offers}
+        in_order = sorted(keys, key=lambda key: (key.name, newness(key.version), key.digest))
+        return tuple(ModelRef(*key) for key in in_order if key in self._entries)
+
+    def unloaded(self) -> bool:
+        """Executors are alive, and none of them offers a model."""
+        return bool(self._offered) and not any(self._offered.values())
 
     def described(self) -> bytes:
         """What the executors said, for gateways and clients."""
@@ -110,22 +131,35 @@ class Catalogue:
         for task in self._asking.values():
             task.cancel()
 
-    def _fits(self, ref: ModelRef) -> bool:
-        """Whether this is the model that goes by its name and version here."""
-        card = self._cards.get(ref.digest)
-        if card is None:
-            return False
-        key = ModelKey(ref.name, ref.version)
-        entry = self._entries.get(key)
-        if entry is None or (entry.card.digest != ref.digest and not self._offers(entry.card.digest)):
-            entry = self._entries[key] = Entry(card, Admission(card.spec))
-            versions = [k for k in self._entries if k.name == ref.name]
-            self._versions[ref.name] = sorted(versions, key=lambda k: newness(k.version), reverse=True)
+    def _enter(self, ref: ModelRef) -> bool:
+        """Whether the model is known here, now at the latest."""
+        key = _key(ref)
+        if key not in self._entries:
+            card = self._cards.get(ref.digest)
+            if card is None:
+                return False
+            self._entries[key] = Entry(card, Admission(card.spec))
             log.info("serving model %s version %s", ref.name, ref.version)
-        return entry.card.digest == ref.digest
+        elif key not in self.withdrawn:
+            return True
+        self.withdrawn.discard(key)
+        self.changed = True
+        self._sort(ref.name)
+        return True
 
-    def _offers(self, digest: str) -> bool:
-        return any(ref.digest == digest for refs in self._offered.values() for ref in refs)
+    def _withdraw(self, refs: Iterable[ModelRef]) -> None:
+        """An executor that lives on offered these until now."""
+        for key in map(_key, refs):
+            if key in self._entries and not any(key == _key(ref) for refs in self._offered.values() for ref in refs):
+                self.withdrawn.add(key)
+                self._sort(key.name)
+                log.info("no executor offers model %s version %s any more", key.name, key.version)
+
+    def _sort(self, model: str) -> None:
+        keys = [key for key in self._entries if key.name == model and key not in self.withdrawn]
+        self._versions[model] = sorted(keys, key=lambda key: newness(key.version), reverse=True)
+        if not keys:
+            del self._versions[model]
 
     def _ask(self, executor: str) -> None:
         if executor not in self._asking:
@@ -138,3 +172,7 @@ class Catalogue:
             log.warning("%s did not describe its models: %s", executor, error)
         finally:
             del self._asking[executor]
+
+
+def _key(ref: ModelRef) -> ModelKey:
+    return ModelKey(ref.name, ref.version, ref.digest)

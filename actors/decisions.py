@@ -3,6 +3,7 @@
 from msgspec import Struct
 
 from narsil_stream.actors.queue import ModelKey, Ticket
+from narsil_stream.core.config import Config
 from narsil_stream.schemas.errors import Fault
 from narsil_stream.schemas.internal import Demand, Slot
 
@@ -18,6 +19,22 @@ class Rules(Struct, frozen=True):
     linger_us: int = 0
     coalesce: bool = True
     """False: one request is one batch (mode `worker`)."""
+
+
+def rules(config: Config, max_bytes: int) -> Rules:
+    """As configured. `max_bytes`: of rows in one message."""
+    batch, timing = config.batch, config.timing
+    return Rules(
+        max_rows=batch.max_rows,
+        max_bytes=max_bytes,
+        queue_rows=batch.queue_rows,
+        queue_bytes=batch.queue_bytes,
+        lease_us=timing.lease_ms * 1_000,
+        failover_floor_us=timing.failover_floor_ms * 1_000,
+        failover_factor=timing.failover_factor,
+        linger_us=batch.linger_us,
+        coalesce=config.mode != "worker",
+    )
 
 
 class Dispatch(Struct, frozen=True):

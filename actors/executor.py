@@ -1,12 +1,10 @@
 """The executor: takes whole batches, computes them off the event loop, gives back one message each."""
 
 import asyncio
-import hashlib
 import logging
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
-from pathlib import Path
 
 import msgspec
 import numpy as np
@@ -14,13 +12,16 @@ from msgspec import Struct
 from nats.micro.service import EndpointStats
 from prometheus_client import Counter, Histogram
 
+from narsil_stream.actors.controls import Controls
 from narsil_stream.actors.leasing import Ledger
+from narsil_stream.actors.peers import Peers
 from narsil_stream.actors.queue import ModelKey
+from narsil_stream.actors.repository import Loader, Repository
+from narsil_stream.actors.shelf import Shelf
 from narsil_stream.core.actor import Actor, now_us
 from narsil_stream.core.bus import Bus
 from narsil_stream.core.config import Config
 from narsil_stream.core.telemetry import ROWS, SECONDS, gauges
-from narsil_stream.kernels.artifact import ArtifactError
 from narsil_stream.kernels.backend import Backend, RaggedBatch
 from narsil_stream.schemas import subjects
 from narsil_stream.schemas.errors import Fault, Refused
@@ -30,8 +31,6 @@ from narsil_stream.schemas.internal import (
     Demand,
     ExecutorBeat,
     Grant,
-    ModelCard,
-    ModelRef,
     Result,
     ToExecutor,
 )
@@ -54,43 +53,25 @@ class Computed(Struct, frozen=True):
     result: Result
 
 
-class Loaded(Struct, frozen=True):
-    """A model that this executor serves."""
-
-    ref: ModelRef
-    card: ModelCard
-    backend: Backend
-
-
-def digest(artifact: Path) -> str:
-    return hashlib.sha256((artifact / "model.json").read_bytes()).hexdigest()[:16]
-
-
-def load(artifact: Path, loader: Callable[[Path], Backend]) -> Loaded:
-    """Load an artifact with a family's loader. Raises `ArtifactError`."""
-    of = digest(artifact)
-    backend = loader(artifact)
-    if digest(artifact) != of:
-        raise ArtifactError(str(artifact), "other files than at the start", "an artifact at rest", "load it again")
-    spec, info = backend.spec, backend.info
-    card = ModelCard(of, spec, info.name, info.device, info.precision)
-    return Loaded(ModelRef(spec.name, spec.version, of), card, backend)
-
-
 Message = Batch | Demand | BatcherBeat | Computed | Hello
 
 
 class Executor(Actor[Message]):
-    """`load_models` runs at start, off the event loop: it reads and checks weights."""
+    """Serves models of a repository: which ones, the configuration says, and under explicit control also gateways."""
 
     kind = "executor"
 
-    def __init__(self, config: Config, bus: Bus, load_models: Callable[[], list[Loaded]]) -> None:
+    def __init__(self, config: Config, bus: Bus, repository: Repository, loader: Loader) -> None:
         super().__init__(MAILBOX)
         self._config = config
         self._bus = bus
-        self._load_models = load_models
-        self._models: Mapping[ModelKey, Loaded] = {}
+        self._explicit = config.model_control == "explicit"
+        self._shelf = Shelf(config, repository, loader, self._announce, self._heard)
+        self._controls = Controls(bus, self.name, self._shelf, self._explicit)
+        self._peers = Peers(bus, self.name, config.timing.lease_ms)
+        self._following: asyncio.Task[None] | None = None
+        self._beats: dict[str, BatcherBeat] = {}
+        """The newest of each batcher."""
         self._ledger = Ledger(self.name, 1, config.timing.lease_ms * 1_000)
         self._threads = ThreadPoolExecutor(1, thread_name_prefix=self.name)
         self._beat_due_us = 0
@@ -114,23 +95,27 @@ class Executor(Actor[Message]):
     # Life
 
     async def start(self) -> None:
-        loaded = await asyncio.get_running_loop().run_in_executor(self._threads, self._load)
-        self._models = {ModelKey(model.ref.name, model.ref.version): model for model in loaded}
-        lanes = min(model.backend.info.lanes for model in loaded)
-        slots = self._config.executor.slots or lanes + 1
-        self._ledger = Ledger(self.name, slots, self._config.timing.lease_ms * 1_000)
+        peers = await self._peers.look() if self._explicit else None
+        await self._shelf.start(self._config.loaded_names if self._explicit else None, peers)
+        self._ledger = Ledger(self.name, self._slots(), self._config.timing.lease_ms * 1_000)
         await self._bus.listen(subjects.executor(self.name), self._take, _decode, owner=self)
         await self._bus.listen(subjects.BATCHER_BEAT, self.mailbox.put_urgent, _decode_beat, owner=self)
         await self._bus.subscribe(subjects.HELLO, lambda _: self.mailbox.put_urgent(Hello()), owner=self)
         await self._bus.respond(subjects.describe(self.name), self._describe, owner=self)
+        await self._controls.start()
         await self._bus.flush()
         self._bus.signal(subjects.HELLO)
+        if self._explicit:
+            self._following = asyncio.create_task(self._follow(), name=f"{self.name} follows")
 
-    def _load(self) -> list[Loaded]:
-        models = self._load_models()
-        for model in models:
-            model.backend.warm_up(self._config.batch.max_rows)
-        return models
+    async def _follow(self) -> None:
+        """Controls reach this executor from now on; what was done while it started, the others know."""
+        await self._shelf.follow(await self._peers.look())
+
+    def _slots(self) -> int:
+        """Batches that compute at once, and one more."""
+        lanes = min((model.backend.info.lanes for model in self._shelf.loaded()), default=1)
+        return self._config.executor.slots or lanes + 1
 
     async def drain(self) -> None:
         """Void all leases, so that batches under way to here are turned away and go elsewhere; finish what is here."""
@@ -143,21 +128,22 @@ class Executor(Actor[Message]):
     async def stop(self) -> None:
         self._phase = "gone"
         self._beat(now_us())
+        if self._following is not None:
+            self._following.cancel()
+            await asyncio.gather(self._following, return_exceptions=True)
+        await self._controls.stop()
         heard = (subjects.executor(self.name), subjects.BATCHER_BEAT, subjects.HELLO, subjects.describe(self.name))
         await asyncio.gather(*(self._bus.unsubscribe(subject, owner=self) for subject in heard))
-        await asyncio.get_running_loop().run_in_executor(None, self._unload)
-
-    def _unload(self) -> None:
-        self._threads.shutdown(wait=True, cancel_futures=True)
-        for model in self._models.values():
-            model.backend.unload()
+        await asyncio.to_thread(self._threads.shutdown, wait=True, cancel_futures=True)
+        await self._shelf.stop()
 
     def endpoints(self) -> list[EndpointStats]:
         return [self._stats]
 
     def detail(self) -> str:
-        cards = [(model.ref, model.card) for model in self._models.values()]
-        return ", ".join(f"{r.name} {r.version} on {c.device} ({c.backend}, {c.precision})" for r, c in cards)
+        cards = [(model.ref, model.card) for model in self._shelf.offered.values()]
+        served = (f"{r.name} {r.version} on {c.device} ({c.backend}, {c.precision})" for r, c in cards)
+        return ", ".join(served) or "no model"
 
     # Messages in
 
@@ -175,6 +161,7 @@ class Executor(Actor[Message]):
                 self._ledger.demand(message, now_us())
             case BatcherBeat():
                 self._ledger.beat(message, now_us())
+                self._beats[message.batcher] = message
             case Hello():
                 self._beat_due_us = 0
 
@@ -185,6 +172,7 @@ class Executor(Actor[Message]):
             self._tell(batcher, grant)
         if now >= self._beat_due_us:
             self._beat(now)
+        self._shelf.turn()
         if not self._ledger.busy():
             self._idle.set()
         return self._beat_due_us
@@ -192,15 +180,17 @@ class Executor(Actor[Message]):
     # Batches
 
     def _accept(self, batch: Batch) -> None:
-        model = self._models.get(ModelKey(batch.model, batch.version))
+        key = ModelKey(batch.model, batch.version, batch.digest)
+        model = self._shelf.find(key)
         if not self._ledger.accept(batch, now_us()):
             self._turn_away(batch)
             return
         self._stats.num_requests += 1
-        if model is None or model.ref.digest != batch.digest:
+        if model is None:
             self._ledger.finish(batch.slot)
             self._turn_away(batch)
             return
+        self._shelf.running[key] += 1
         deadline_us = now_us() + batch.budget_us
         future = self._threads.submit(self._compute, model.backend, batch, deadline_us)
         loop = asyncio.get_running_loop()
@@ -231,6 +221,7 @@ class Executor(Actor[Message]):
     def _finish(self, computed: Computed) -> None:
         batch, result = computed.batch, computed.result
         self._ledger.finish(batch.slot)
+        self._shelf.running[ModelKey(batch.model, batch.version, batch.digest)] -= 1
         self._batches.labels("failed" if result.fault else "computed").inc()
         if result.fault:
             self._stats.num_errors += 1
@@ -263,18 +254,32 @@ class Executor(Actor[Message]):
             log.warning("a message to %s was not sent: %s", batcher, refused.detail)
 
     def _describe(self) -> bytes:
-        return msgspec.json.encode([model.card for model in self._models.values()])
+        return msgspec.json.encode([model.card for model in self._shelf.loaded()])
+
+    def _announce(self) -> None:
+        """What is served has changed."""
+        self._ledger.grow(self._slots())
+        self._beat_due_us = 0
+        self.mailbox.put_urgent(Hello())
+
+    def _heard(self) -> Iterator[BatcherBeat | None]:
+        """From each batcher that is alive."""
+        return (self._beats.get(batcher) for batcher in self._ledger.batchers)
 
     def _beat(self, now: int) -> None:
         self._beat_due_us = now + self._config.timing.beat_ms * 1_000
+        if len(self._beats) > len(self._ledger.batchers):
+            self._beats = {name: beat for name, beat in self._beats.items() if name in self._ledger.batchers}
         self._bus.broadcast(
             subjects.EXECUTOR_BEAT,
             ExecutorBeat(
                 self.name,
-                tuple(model.ref for model in self._models.values()),
+                self._shelf.refs(),
                 len(self._ledger.places),
                 self._ledger.leases(),
                 self._phase,
+                self._shelf.retiring_refs(),
+                tuple(sorted(self._shelf.unloaded)),
             ),
         )
 

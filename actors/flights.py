@@ -5,7 +5,7 @@ from dataclasses import dataclass, field
 from operator import attrgetter
 
 from narsil_stream.actors.queue import ModelKey, State, Ticket
-from narsil_stream.schemas.internal import ExecutorBeat, Slot
+from narsil_stream.schemas.internal import ExecutorBeat, ModelRef, Slot
 
 DEMAND_EVERY_US = 20_000
 """How often an executor is asked for a slot again."""
@@ -65,6 +65,8 @@ class Flight:
     overdue_us: int
     late: bool = False
     """It was overdue: the batch or its result may be lost."""
+    joined_ns: int = 0
+    """How long the joining of its rows took; for statistics."""
 
 
 @dataclass(slots=True, eq=False)
@@ -73,7 +75,10 @@ class Executor:
 
     id: str
     seen_us: int
+    offers: frozenset[ModelKey] = frozenset()
+    """Models that new requests are admitted for."""
     models: frozenset[ModelKey] = frozenset()
+    """Those, and the ones on their way out, which still compute what was admitted before."""
     slots: int = 0
     up: bool = True
     free: dict[int, int] = field(default_factory=dict)
@@ -90,7 +95,8 @@ class Executor:
     def hear(self, beat: ExecutorBeat, batcher: str, now_us: int) -> list[Flight]:
         """Takes out and returns flights that have ended although no result came: their slot has moved on."""
         self.seen_us = now_us
-        self.models = frozenset(ModelKey(ref.name, ref.version) for ref in beat.models)
+        self.offers = keys(beat.models)
+        self.models = self.offers | keys(beat.retiring)
         self.slots = beat.slots
         self.up = beat.state == "up"
         held = {lease.slot: lease.busy for lease in beat.leases if lease.batcher == batcher}
@@ -138,11 +144,21 @@ class Executor:
         return sum(not flight.late for flight in self.flights.values()) >= self.slots
 
 
+def keys(refs: Iterable[ModelRef]) -> frozenset[ModelKey]:
+    return frozenset(ModelKey(ref.name, ref.version, ref.digest) for ref in refs)
+
+
 class Fleet(dict[str, Executor]):
     """The executors that are alive, by id."""
 
     def serving(self, model: ModelKey) -> list[Executor]:
         return [executor for executor in self.values() if executor.up and model in executor.models]
+
+    def offered(self, model: ModelKey) -> bool:
+        return any(executor.up and model in executor.offers for executor in self.values())
+
+    def flight(self, executor: str, batch: int) -> Flight | None:
+        return self[executor].flights.get(batch) if executor in self else None
 
     def flying(self, group: Group) -> bool:
         return any(flight.group is group for executor in self.values() for flight in executor.flights.values())

@@ -47,6 +47,10 @@ class Ledger:
         self.open = True
         self._expired_us = 0
 
+    def grow(self, slots: int) -> None:
+        """To this many slots at least: who holds one keeps it."""
+        self.places.extend(Place(index) for index in range(len(self.places), slots))
+
     def beat(self, beat: BatcherBeat, now_us: int) -> None:
         if beat.state == "gone":
             self._lose(beat.batcher)

@@ -12,8 +12,11 @@ STEP = 11
 
 
 class ModelKey(NamedTuple):
+    """One model's weights. What was checked against some weights is never computed with others of the same version."""
+
     name: str
     version: str
+    digest: str
 
 
 class State(enum.Enum):

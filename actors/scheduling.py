@@ -62,7 +62,7 @@ class Scheduler:
                 f" and {rules.max_bytes} bytes",
             )
         serving = self.executors.serving(ticket.model)
-        if not serving:
+        if not self.executors.offered(ticket.model):
             raise Refused(Fault.UNAVAILABLE, "no executor is alive for this model", rules.lease_us)
         rows = self.rows
         if rows + ticket.rows > rules.queue_rows or self.bytes + ticket.bytes > rules.queue_bytes:
@@ -158,6 +158,18 @@ class Scheduler:
     def idle(self) -> bool:
         """Nothing waits and nothing is under way."""
         return not self.rows and not any(group.is_open() for group in self._groups())
+
+    def finishing(self) -> list[ModelKey]:
+        """Models that no executor offers any more, and that tickets still wait for."""
+        waiting = {model for model, queue in self.queues.items() if queue.count}
+        waiting |= {group.model for group in self._groups() if group.is_open()}
+        return [model for model in waiting if not self.executors.offered(model)]
+
+    def forget(self, model: ModelKey) -> None:
+        """What was learnt of a model that will not come back; nothing waits for it."""
+        self.queues.pop(model, None)
+        self.paces.pop(model, None)
+        self.times.forget(model)
 
     def abandon_all(self) -> list[Drop]:
         """The end: every open ticket gets UNAVAILABLE."""

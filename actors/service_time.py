@@ -41,6 +41,9 @@ class ServiceTimes:
         curve = self._curves.get(model)
         return curve.predict(rows) if curve else 0
 
+    def forget(self, model: ModelKey) -> None:
+        self._curves.pop(model, None)
+
     def us_per_row(self, model: ModelKey) -> float:
         """At the most efficient batch size seen, which is what a backlog is served with; 0 while unknown."""
         curve = self._curves.get(model)

@@ -61,7 +61,7 @@ class Supervisor:
         try:
             metrics.start()
             cards = await self._unless_stopped(self._bring_up(bus))
-            if cards:
+            if cards is not None:
                 self._on_ready(self, cards)
             await self._stop.wait()
             return 1 if self._failed else 0
@@ -164,8 +164,8 @@ class Supervisor:
         finally:
             await requester.stop()
 
-    async def _unless_stopped(self, starting: Coroutine[Any, Any, list[ModelCard]]) -> list[ModelCard]:
-        """What `starting` returns, or nothing when a stop is asked for meanwhile."""
+    async def _unless_stopped(self, starting: Coroutine[Any, Any, list[ModelCard]]) -> list[ModelCard] | None:
+        """What `starting` returns, or None when a stop is asked for meanwhile."""
         task = asyncio.create_task(starting, name="bring up")
         stop = asyncio.create_task(self._stop.wait())
         await asyncio.wait((task, stop), return_when=asyncio.FIRST_COMPLETED)
@@ -176,7 +176,7 @@ class Supervisor:
         await asyncio.gather(task, return_exceptions=True)
         if self._failed:
             raise StartFailed(self._failed)
-        return []
+        return None
 
     # Reports
 

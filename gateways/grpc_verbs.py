@@ -5,9 +5,10 @@ from typing import Any, NamedTuple
 
 import msgspec
 from grpc import StatusCode
+from msgspec.structs import replace
 
 from narsil_stream.core.config import Config
-from narsil_stream.gateways.grpc_codec import InferRequestMessage, parsed, to_request
+from narsil_stream.gateways.grpc_codec import MAX_ID, InferRequestMessage, parsed, to_request
 from narsil_stream.gateways.grpc_stream import Context
 from narsil_stream.gateways.inference import Inference
 from narsil_stream.gateways.metadata import SERVER
@@ -43,7 +44,10 @@ class Verbs:
             async def read() -> InferRequest:
                 return to_request(call, left_s, self._default_us)
 
-            return await self._inference.ask(call.model_name, call.model_version, read)
+            answer = await self._inference.ask(call.model_name, call.model_version, read)
+            if answer.fault and not answer.id:  # it was refused before it had been decoded
+                answer = replace(answer, id=call.id[:MAX_ID])
+            return answer
         finally:
             self.open -= 1
             self._open_bytes -= len(data)

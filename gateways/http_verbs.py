@@ -8,6 +8,7 @@ from typing import Any
 import msgspec
 from prometheus_client import CollectorRegistry
 
+from narsil_stream.core.access import CHALLENGES
 from narsil_stream.core.config import Config
 from narsil_stream.core.telemetry import text
 from narsil_stream.gateways.http_body import Bodies, WhileThere
@@ -144,7 +145,10 @@ def error(status: int, detail: str, *headers: tuple[str, str]) -> Reply:
 def refusal(refused: Refused) -> Reply:
     """A row of the error table."""
     body = JsonError(refused.detail, refused.fault.name, refused.retry_after_us)
-    return Reply(refused.fault.http, msgspec.json.encode(body), [JSON, *retry_after(refused.retry_after_us)])
+    headers = [JSON, *retry_after(refused.retry_after_us)]
+    if challenge := CHALLENGES.get(refused.fault):
+        headers.append(("www-authenticate", challenge))
+    return Reply(refused.fault.http, msgspec.json.encode(body), headers)
 
 
 def retry_after(us: int) -> Headers:

@@ -11,16 +11,29 @@ from narsil_stream.core.actor import now_us
 from narsil_stream.core.admission import Admission
 from narsil_stream.core.bus import Bus
 from narsil_stream.core.config import Config
+from narsil_stream.core.repository import Repository, Verb
 from narsil_stream.core.requester import Requester
+from narsil_stream.core.statistics import merged
 from narsil_stream.core.telemetry import RequestMetrics, gauges
 from narsil_stream.gateways.metadata import model_config, model_metadata
 from narsil_stream.gateways.shaping import ask_all, converted, cut, fits
-from narsil_stream.schemas.errors import Fault, Refused
+from narsil_stream.schemas.errors import Fault, Refused, invalid
 from narsil_stream.schemas.internal import ModelRef
-from narsil_stream.schemas.oip import ModelConfig, ModelMetadata
+from narsil_stream.schemas.model import NAME
+from narsil_stream.schemas.oip import (
+    ModelConfig,
+    ModelMetadata,
+    ModelStatistics,
+    RepositoryAction,
+    RepositoryEntry,
+    StatisticsReport,
+)
 from narsil_stream.schemas.wire import InferAnswer, InferRequest
 
 Read = Callable[[], Awaitable[InferRequest]]
+
+NOTICED_S = 2.0
+"""For batchers to say what executors have done already: callers ask for a model's scores right after its load."""
 
 
 class Inference:
@@ -30,6 +43,7 @@ class Inference:
         self._config = config
         self._bus = bus
         self._requester = Requester(config, bus)
+        self._repository = Repository(config, bus)
         self._metrics = RequestMetrics(registry)
         self.closing = False
         """Set by a door that drains: it says that it is not ready, and finishes what is open."""
@@ -48,6 +62,7 @@ class Inference:
 
     async def stop(self) -> None:
         """Whoever still waits gets UNAVAILABLE."""
+        await self._repository.stop()
         await self._requester.stop()
 
     # Scores
@@ -110,3 +125,46 @@ class Inference:
 
     async def config(self, model: str, version: str = "") -> ModelConfig:
         return model_config(await self._requester.card(model, version), self._config)
+
+    async def statistics(self, model: str = "", version: str = "") -> StatisticsReport:
+        """What the batchers that answer have counted since they started; "" stands for all models, or all versions."""
+        found = merged(await self._requester.statistics())
+        for ref in self.models():
+            found.setdefault((ref.name, ref.version), ModelStatistics(ref.name, ref.version))
+        wanted = [one for one in found.values() if model in ("", one.name) and version in ("", one.version)]
+        if model and not wanted:
+            of = f" version '{version}'" if version else ""
+            raise Refused(Fault.NOT_FOUND, f"model '{model}'{of} is not served here")
+        return StatisticsReport(tuple(wanted))
+
+    # What is to be served
+
+    async def index(self, ready: bool = False) -> tuple[RepositoryEntry, ...]:
+        """What the executors' repositories hold; with `ready`, of that what is served."""
+        return tuple(entry for entry in await self._repository.index() if entry.state == "READY" or not ready)
+
+    async def load(self, model: str, action: RepositoryAction) -> None:
+        """Serve the newest version in the repository; if it is loaded already, as it is there now."""
+        for name in action.parameters:
+            raise invalid(f"parameter '{name}' is not taken by load; a model is what its files in the repository say")
+        await self._control("load", model)
+        await self._requester.wait_until(lambda: self._served(model), NOTICED_S)
+
+    async def unload(self, model: str, action: RepositoryAction) -> None:
+        """Serve no version of it any more; what was accepted before is answered. Nothing depends on another model."""
+        for name, value in action.parameters.items():
+            if name != "unload_dependents" or not isinstance(value, bool):
+                raise invalid(f"parameter '{name}' is not taken by unload; expected 'unload_dependents', true or false")
+        await self._control("unload", model)
+        await self._requester.wait_until(lambda: not self._served(model), NOTICED_S)
+
+    async def _control(self, verb: Verb, model: str) -> None:
+        if self._config.model_control != "explicit":
+            detail = "models are neither loaded nor unloaded here; set model_control to explicit to allow it"
+            raise Refused(Fault.PERMISSION_DENIED, detail)
+        if not NAME.fullmatch(model):
+            raise Refused(Fault.NOT_FOUND, f"model {model!r}: names match {NAME.pattern}")
+        await self._repository.control(verb, model)
+
+    def _served(self, model: str) -> bool:
+        return any(ref.name == model for ref in self.models())

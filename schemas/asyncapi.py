@@ -16,14 +16,20 @@ from narsil_stream.schemas.describe import Schema, as_json, components, ref
 from narsil_stream.schemas.errors import Fault, error_table
 from narsil_stream.schemas.internal import (
     Answers,
+    Asking,
     BatcherBeat,
+    Control,
+    Done,
     ExecutorBeat,
+    Look,
     ModelCard,
     Report,
     ToBatcher,
     ToExecutor,
+    ToRepository,
 )
 from narsil_stream.schemas.model import NAME
+from narsil_stream.schemas.oip import StatisticsReport
 from narsil_stream.schemas.wire import InferAnswer, InferRequest, JsonAnswer, JsonError, JsonRequest, Tensor
 
 JSON = "application/json"
@@ -110,13 +116,15 @@ def _messages() -> dict[str, Said]:
             ERROR_HEADERS,
         ),
     }
-    kinds = (*get_args(ToBatcher), *get_args(ToExecutor), Answers, BatcherBeat, ExecutorBeat, Report)
+    directed = (*get_args(Asking), *get_args(ToBatcher), *get_args(ToExecutor), *get_args(ToRepository))
+    kinds = (*directed, Answers, Done, BatcherBeat, ExecutorBeat, Report)
     internal = {_name(kind): Said(kind, MSGPACK, f"{kind.__name__}, between actors") for kind in kinds}
     return (
         public
         | internal
         | {
             "modelCards": Said(ModelCard, JSON, "A list of the models that an actor knows"),
+            "statistics": Said(StatisticsReport, JSON, "What a batcher has counted for each version of a model"),
             "empty": Said(None, "application/octet-stream", "Nothing but the subject"),
         }
     )
@@ -145,7 +153,7 @@ PARAMETERS = {
     "model": {"description": f"Name of a served model: {NAME.pattern}", "examples": ["dlrm"]},
     "version": {"description": f"Version of the model: {NAME.pattern}", "examples": ["7"]},
     "actor": {"description": "Name of the actor that listens."},
-    "process": {"description": "Chosen at random by who asks."},
+    "process": {"description": "Chosen at random by who asks, behind the public nkey of a login that has one."},
 }
 
 
@@ -170,8 +178,11 @@ def _channels() -> dict[str, Schema]:
             None, "The reply subject of a request, whatever it is: an inbox, or a feed that others read.",
             "scoresJson", "errorJson", "answerMsgpack",
         ),
+        "ask": _channel(
+            subjects.ask("{actor}"), "Internal. What callers say to a batcher.", *map(_name, get_args(Asking))
+        ),
         "batcher": _channel(
-            subjects.batcher("{actor}"), "Internal. Directed to one batcher.", *map(_name, get_args(ToBatcher))
+            subjects.batcher("{actor}"), "Internal. What executors say to a batcher.", *map(_name, get_args(ToBatcher))
         ),
         "executor": _channel(
             subjects.executor("{actor}"), "Internal. Directed to one executor.", *map(_name, get_args(ToExecutor))
@@ -179,11 +190,20 @@ def _channels() -> dict[str, Schema]:
         "answers": _channel(
             f"{subjects.INBOX}.{{process}}", "Internal. Answers to one gateway or client, bundled.", _name(Answers)
         ),
+        "repository": _channel(
+            subjects.repository("{actor}"), "Internal. Asks one executor what is in its model repository.", _name(Look)
+        ),
+        "admin": _channel(
+            subjects.admin("{actor}"), "Internal, for administrators. Changes what one executor serves.", _name(Control)
+        ),
+        "done": _channel(f"{subjects.INBOX}.{{process}}", "Internal. An executor's answers to a gateway.", _name(Done)),
         "batcherBeat": _channel(subjects.BATCHER_BEAT, "Internal. Batchers that are alive.", _name(BatcherBeat)),
         "executorBeat": _channel(subjects.EXECUTOR_BEAT, "Internal. Executors that are alive.", _name(ExecutorBeat)),
         "hello": _channel(subjects.HELLO, "Internal. Who starts asks all others for a beat.", "empty"),
         "describe": _channel(subjects.describe("{actor}"), "Internal. Which models an actor knows.", "empty"),
         "described": _channel(None, "Internal. The reply subject of `describe`.", "modelCards"),
+        "statistics": _channel(subjects.statistics("{actor}"), "Internal. What a batcher has counted.", "empty"),
+        "counted": _channel(None, "Internal. The reply subject of `statistics`.", "statistics"),
         "report": _channel(subjects.REPORT, "Internal. State and metrics of each process.", _name(Report)),
     }  # fmt: skip
 
@@ -203,13 +223,18 @@ def _operations() -> dict[str, Schema]:
     return {
         "infer": _operation("receive", "infer", "Batchers score a request.", "reply", group),
         "inferVersion": _operation("receive", "inferVersion", "Batchers score a request.", "reply", group),
-        "toBatcher": _operation("receive", "batcher", "A batcher takes requests, results and slots."),
+        "ask": _operation("receive", "ask", "A batcher takes requests, and hears of callers who left."),
+        "toBatcher": _operation("receive", "batcher", "A batcher takes results and slots."),
         "toExecutor": _operation("receive", "executor", "An executor takes batches and demand."),
         "answer": _operation("send", "answers", "A batcher answers what a gateway or client asked."),
         "batcherBeat": _operation("send", "batcherBeat", "A batcher says that it is alive."),
         "executorBeat": _operation("send", "executorBeat", "An executor says that it is alive."),
         "hello": _operation("send", "hello", "An actor has started."),
         "describe": _operation("receive", "describe", "An actor describes its models.", "described"),
+        "look": _operation("receive", "repository", "An executor says what is in its model repository."),
+        "control": _operation("receive", "admin", "An executor loads or unloads a model."),
+        "done": _operation("send", "done", "An executor has done what it was asked for."),
+        "statistics": _operation("receive", "statistics", "A batcher says what it has counted.", "counted"),
         "report": _operation("send", "report", "A process reports to `narsil serve`."),
     }
 

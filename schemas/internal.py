@@ -3,9 +3,12 @@
 Where both ends live in one process the Struct itself is handed over.
 """
 
+from typing import Literal
+
 from msgspec import Struct
 
 from narsil_stream.schemas.model import ModelSpec
+from narsil_stream.schemas.oip import RepositoryEntry
 from narsil_stream.schemas.wire import InferAnswer, InferRequest
 
 
@@ -132,6 +135,10 @@ class ExecutorBeat(Struct, array_like=True, frozen=True, gc=False, tag=8):
     leases: tuple[Lease, ...]
     state: str = "up"
     """up; leaving: takes no new batch; gone: said goodbye"""
+    retiring: tuple[ModelRef, ...] = ()
+    """Models beside `models` that are on their way out: only what was admitted before is still computed."""
+    unloaded: tuple[str, ...] = ()
+    """Names of models that somebody unloaded: an executor that joins leaves them out."""
 
 
 class BatcherBeat(Struct, array_like=True, frozen=True, gc=False, tag=9):
@@ -146,6 +153,10 @@ class BatcherBeat(Struct, array_like=True, frozen=True, gc=False, tag=9):
     state: str = "up"
     lease_ms: int = 500
     """Who hears nothing for this long should take the batcher for dead."""
+    finishing: tuple[str, ...] = ()
+    """Digests of models that no executor offers any more, and that requests here still wait for."""
+    unloaded: bool = False
+    """Executors are alive and none of them offers a model: `models` is empty on purpose."""
 
 
 class Report(Struct, array_like=True, frozen=True, gc=False, tag=10):
@@ -162,5 +173,33 @@ class Report(Struct, array_like=True, frozen=True, gc=False, tag=10):
     """What the supervisor gave this process, to tell its own children from others on the same broker."""
 
 
-ToBatcher = Bundle | Cancel | Result | Grant
+class Control(Struct, array_like=True, frozen=True, gc=False, tag=11):
+    """Gateway -> executor, on its admin subject: load or unload a model. `slot` is the asker's own number for it."""
+
+    reply: str
+    slot: int
+    verb: Literal["load", "unload"]
+    model: str
+
+
+class Look(Struct, array_like=True, frozen=True, gc=False, tag=12):
+    """Gateway -> executor: what is in its model repository?"""
+
+    reply: str
+    slot: int
+
+
+class Done(Struct, array_like=True, frozen=True, gc=False, tag=13):
+    """Executor -> gateway: the answer to a control, when it has taken effect, or to a look."""
+
+    executor: str
+    slot: int
+    fault: str = ""
+    detail: str = ""
+    entries: tuple[RepositoryEntry, ...] = ()
+
+
+Asking = Bundle | Cancel
+ToBatcher = Result | Grant
 ToExecutor = Batch | Demand
+ToRepository = Control | Look

@@ -154,6 +154,7 @@ class BatchStatistics(Struct):
     """Model runs by rows in the batch."""
 
     batch_size: int
+    """Rows, exact up to 256 and above that rounded up to one of 32 steps for each power of two."""
     compute_input: Duration = field(default_factory=Duration)
     compute_infer: Duration = field(default_factory=Duration)
     compute_output: Duration = field(default_factory=Duration)

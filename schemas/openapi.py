@@ -59,7 +59,7 @@ class HttpRequest(JsonRequest, frozen=True):
 
     inputs: tuple[HttpTensor, ...]
     """`dense` [rows, n_dense], and `sparse` [rows, n_sparse], or `values` [N] with `lengths` [rows, n_sparse]."""
-    parameters: HttpParameters | None = None
+    parameters: HttpParameters = HttpParameters()
 
 
 # Examples: one row for the demo model

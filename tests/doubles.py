@@ -1,6 +1,8 @@
 """Stand-ins for what a test has to hold in its hand."""
 
+import gc
 import threading
+import weakref
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -9,6 +11,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from narsil_stream.kernels import reference
+from narsil_stream.kernels.artifact import read
 from narsil_stream.kernels.backend import Backend, BackendInfo, RaggedBatch
 from narsil_stream.schemas.model import ModelSpec
 from tests.support import PATIENCE_S
@@ -69,3 +72,37 @@ class GatedBackend:
 
     def unload(self) -> None:
         self._inner.unload()
+
+
+class Loads:
+    """What was loaded, and whether its memory is still held: `System(..., loader=loads.load)`.
+
+    `with loads.held(): ...` keeps loads from ending meanwhile.
+    """
+
+    def __init__(self) -> None:
+        self._go = threading.Event()
+        self._go.set()
+        self.begun: list[Path] = []
+        self._backends: weakref.WeakSet[reference.Reference] = weakref.WeakSet()
+
+    def load(self, artifact: Path) -> Backend:
+        self.begun.append(artifact)
+        assert self._go.wait(PATIENCE_S), "the load was never let go"
+        backend = reference.Reference(read(artifact))
+        self._backends.add(backend)
+        return backend
+
+    @contextmanager
+    def held(self) -> Iterator[None]:
+        self._go.clear()
+        try:
+            yield
+        finally:
+            self._go.set()
+
+    @property
+    def in_memory(self) -> int:
+        """Models that somebody still holds."""
+        gc.collect()
+        return len(self._backends)

@@ -1,14 +1,15 @@
-"""`narsil broker|gateway|batcher|executor`: one part of the system, against any NATS server."""
+"""`narsil gateway|batcher|executor`: one part of the system, against any NATS server."""
 
 import contextlib
 import os
 import sys
 from collections.abc import Awaitable, Callable, Iterator
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import rich_click as click
 import uvloop
+from msgspec.structs import replace
 
 from narsil_stream.actors.processes import CANNOT_SUCCEED
 from narsil_stream.cli.options import config_options
@@ -19,7 +20,13 @@ from narsil_stream.core.ports import PortTaken, free_port
 from narsil_stream.core.runtime import Runtime
 from narsil_stream.schemas.errors import Refused
 
+if TYPE_CHECKING:
+    from narsil_stream.actors.repository import Repository
+
 Start = Callable[[Runtime], Awaitable[Any]]
+
+MODELS = ("model", "model_repository", "model_control", "load_models")
+"""Settings that say what is served."""
 
 parent = click.option(
     "--parent",
@@ -31,26 +38,7 @@ parent = click.option(
 
 
 @click.command()
-@config_options(
-    "nats.host", "nats.port", "nats.user", "nats.password", "nats.token", "nats.max_payload_bytes", "data_dir"
-)
-def broker(loaded: Loaded) -> None:
-    """Run a NATS broker: the nats-server binary that is installed with this package, with fitting limits.
-
-    Example: narsil broker --nats-host 0.0.0.0 --nats-user narsil --nats-password secret
-    """
-    from narsil_stream.core import broker as own
-
-    try:
-        nats = own.resolve(loaded.config.nats)
-        command = own.command(loaded.config.data_dir, nats)
-    except (PortTaken, OSError) as error:
-        raise click.ClickException(str(error)) from None
-    os.execv(command[0], command)  # signals, logs and the exit status are nats-server's own
-
-
-@click.command()
-@config_options()
+@config_options(doors=("http", "grpc", "metrics"))
 @click.option(
     "--door",
     type=click.Choice(("http", "grpc", "both")),
@@ -65,7 +53,7 @@ def gateway(loaded: Loaded, door: str, share_port: bool, token: str) -> None:
 
     With `--mode inline` a batcher and an executor run in the same process.
 
-    Example: narsil gateway --nats-url nats://broker:4222 --http-host 0.0.0.0 --grpc-host 0.0.0.0
+    Example: narsil gateway --nats-url nats://broker:4222 --http-host 0.0.0.0 --access-tokens-file tokens
     """
     inline = loaded.config.mode == "inline"
     if inline:
@@ -85,7 +73,7 @@ def gateway(loaded: Loaded, door: str, share_port: bool, token: str) -> None:
 
 
 @click.command()
-@config_options("mode", "nats", "batch", "timing", "metrics")
+@config_options("mode", "nats", "batch", "timing", "metrics", "insecure", doors=("metrics",))
 @parent
 def batcher(loaded: Loaded, token: str) -> None:
     """Run a batcher: it coalesces requests into batches, by deadline, for the executors.
@@ -96,10 +84,21 @@ def batcher(loaded: Loaded, token: str) -> None:
 
 
 @click.command()
-@config_options("model", "backend", "nats", "executor", "timing", "metrics", "batch.max_rows", "data_dir")
+@config_options(
+    *MODELS,
+    "backend",
+    "nats",
+    "executor",
+    "timing",
+    "metrics",
+    "batch.max_rows",
+    "data_dir",
+    "insecure",
+    doors=("metrics",),
+)
 @parent
 def executor(loaded: Loaded, token: str) -> None:
-    """Run an executor: it loads a model and computes batches.
+    """Run an executor: it loads models and computes batches.
 
     Example: narsil executor --nats-url nats://broker:4222 --model models/ctr
     """
@@ -131,13 +130,26 @@ async def _start_batcher(runtime: Runtime) -> None:
 
 
 async def _start_executor(runtime: Runtime) -> None:
-    from narsil_stream.actors.executor import Executor, load
+    from narsil_stream.actors.executor import Executor
     from narsil_stream.kernels import families
 
     config = runtime.config
-    choice = families.choose(config.backend)
-    artifact = Path(config.model) if config.model else demo_model(config)
-    await runtime.start(lambda: Executor(config, runtime.bus, lambda: [load(artifact, choice.load)]))
+    choice, artifacts = families.choose(config.backend), repository(config)
+    await runtime.start(lambda: Executor(config, runtime.bus, artifacts, choice.load))
+
+
+def repository(config: Config) -> "Repository":
+    """What an executor may serve. Raises ArtifactError when the demo model is wanted and cannot be made."""
+    from narsil_stream.actors.repository import Repository
+
+    config = with_demo_model(config)
+    models = [Path(config.model)] if config.model else []
+    return Repository(models, Path(config.model_repository) if config.model_repository else None)
+
+
+def with_demo_model(config: Config) -> Config:
+    """The demo model is for who has nothing else."""
+    return config if config.model or config.model_repository else replace(config, model=str(demo_model(config)))
 
 
 def demo_model(config: Config) -> Path:

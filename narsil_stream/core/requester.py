@@ -8,8 +8,8 @@ import asyncio
 import contextlib
 import itertools
 import logging
-import secrets
 from collections import defaultdict
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from heapq import heapify, heappop, heappush
 
@@ -23,6 +23,7 @@ from narsil_stream.schemas import subjects
 from narsil_stream.schemas.errors import Fault, Refused
 from narsil_stream.schemas.internal import Answers, Ask, BatcherBeat, Bundle, Cancel, ModelCard, ModelRef
 from narsil_stream.schemas.model import NAME
+from narsil_stream.schemas.oip import StatisticsReport
 from narsil_stream.schemas.wire import InferAnswer, InferRequest
 
 log = logging.getLogger(__name__)
@@ -36,6 +37,7 @@ MAX_SENDS = 3
 _decode_answers = msgspec.msgpack.Decoder(Answers).decode
 _decode_beat = msgspec.msgpack.Decoder(BatcherBeat).decode
 _decode_cards = msgspec.json.Decoder(list[ModelCard]).decode
+_decode_statistics = msgspec.json.Decoder(StatisticsReport).decode
 
 
 @dataclass(slots=True, eq=False)
@@ -59,6 +61,7 @@ class Peer:
     id: str
     seen_us: int
     models: tuple[ModelRef, ...] = ()
+    unloaded: bool = False
     up: bool = True
     wait_us: int = 0
     lease_us: int = 500_000
@@ -75,7 +78,7 @@ class Requester:
         self._bus = bus
         self._limits = config.batch
         self._check_every = config.timing.beat_ms / 1e3
-        self._inbox = f"{subjects.INBOX}.{secrets.token_hex(8)}"
+        self._inbox = ""
         self._peers: dict[str, Peer] = {}
         self._pending: dict[int, Pending] = {}
         self._slots = itertools.count()
@@ -93,6 +96,7 @@ class Requester:
     # Life
 
     async def start(self) -> None:
+        self._inbox = self._bus.new_inbox()
         await self._bus.listen(self._inbox, self._on_answers, _decode_answers, owner=self)
         await self._bus.listen(subjects.BATCHER_BEAT, self._on_beat, _decode_beat, owner=self)
         self._bus.on_lost.append(self._on_lost)
@@ -115,10 +119,14 @@ class Requester:
         await self._bus.unsubscribe(subjects.BATCHER_BEAT, owner=self)
 
     async def wait_ready(self, timeout: float) -> bool:
-        """Whether some model is served, waiting for it up to `timeout` seconds."""
+        """Whether `ready`, waiting for it up to `timeout` seconds."""
+        return await self.wait_until(lambda: self.ready, timeout)
+
+    async def wait_until(self, condition: Callable[[], bool], timeout: float) -> bool:
+        """Whether a condition on what batchers say holds, waiting for it up to `timeout` seconds."""
         try:
             async with asyncio.timeout(timeout):
-                while not self.ready:
+                while not condition():
                     self._seen.clear()
                     await self._seen.wait()
         except TimeoutError:
@@ -127,16 +135,17 @@ class Requester:
 
     @property
     def ready(self) -> bool:
-        """A request that would come now could be scored."""
-        return any(self._reachable(peer) and peer.up and peer.models for peer in self._peers.values())
+        """A request that would come now could be scored; or all works, and no model is loaded on purpose."""
+        return any(peer.models or peer.unloaded for peer in self._alive())
 
     @property
     def open(self) -> int:
         return len(self._pending)
 
     def models(self) -> tuple[ModelRef, ...]:
-        """What is served now."""
-        return tuple(sorted({ref for peer in self._peers.values() if peer.up for ref in peer.models}, key=str))
+        """What is served now, each version once, although its weights may just be changing."""
+        refs = {(ref.name, ref.version): ref for peer in self._peers.values() if peer.up for ref in peer.models}
+        return tuple(refs[key] for key in sorted(refs))
 
     async def card(self, model: str, version: str = "") -> ModelCard:
         """The description of a served model, the newest version unless one is named. Raises `Refused`."""
@@ -154,6 +163,21 @@ class Requester:
         raise Refused(
             Fault.NOT_FOUND, f"model '{model}'{f' version {version!r}' if version else ''} is not served here"
         )
+
+    async def statistics(self) -> list[StatisticsReport]:
+        """What each batcher has counted; one that does not answer in time is left out. Raises UNAVAILABLE."""
+        alive = [peer.id for peer in self._alive()]
+        if not alive:
+            raise self._nobody()
+        replies = await asyncio.gather(*map(self._counted, alive))
+        return [report for report in replies if report is not None]
+
+    async def _counted(self, batcher: str) -> StatisticsReport | None:
+        try:
+            return _decode_statistics(await self._bus.request(subjects.statistics(batcher)))
+        except (Refused, msgspec.MsgspecError) as error:
+            log.warning("%s is left out of the statistics: %s", batcher, error)
+            return None
 
     # Asking
 
@@ -188,16 +212,19 @@ class Requester:
         """Of those alive that serve the model, the one with the least to do."""
         alive = [peer for peer in self._alive() if peer.id != pending.batcher]
         if not alive:
-            why = "no batcher is alive" if self._bus.connected else "the broker is not connected"
-            raise Refused(Fault.UNAVAILABLE, why, 500_000)
+            raise self._nobody()
         serving = [peer for peer in alive if peer.serves(pending.model, pending.version)]
         return min(serving or alive, key=lambda peer: (peer.wait_us // 1_000, len(peer.open), peer.id))
+
+    def _nobody(self) -> Refused:
+        why = "no batcher is alive" if self._bus.connected else "the broker is not connected"
+        return Refused(Fault.UNAVAILABLE, why, 500_000)
 
     def _alive(self) -> list[Peer]:
         return [peer for peer in self._peers.values() if peer.up and self._reachable(peer)]
 
     def _reachable(self, peer: Peer) -> bool:
-        return self._bus.connected or self._bus.is_local(subjects.batcher(peer.id))
+        return self._bus.connected or self._bus.is_local(subjects.ask(peer.id))
 
     def _send_outgoing(self) -> None:
         outgoing, self._outgoing = self._outgoing, defaultdict(list)
@@ -223,7 +250,7 @@ class Requester:
             )) for p in bundle
         )  # fmt: skip
         try:
-            self._bus.send(subjects.batcher(batcher), Bundle(self._inbox, asks))
+            self._bus.send(subjects.ask(batcher), Bundle(self._inbox, asks))
         except Refused as refused:
             if refused.fault is Fault.TOO_LARGE and len(bundle) > 1:
                 middle = len(bundle) // 2
@@ -261,7 +288,7 @@ class Requester:
             return
         self._end(pending)
         try:
-            self._bus.send(subjects.batcher(pending.batcher), Cancel(self._inbox, (pending.slot,)))
+            self._bus.send(subjects.ask(pending.batcher), Cancel(self._inbox, (pending.slot,)))
         except Refused:
             log.debug("a cancel was not sent: the batcher will find out by the deadline")
 
@@ -304,6 +331,7 @@ class Requester:
         if peer is None:
             peer = self._peers[beat.batcher] = Peer(beat.batcher, now_us())
         peer.seen_us, peer.models, peer.wait_us = now_us(), beat.models, beat.wait_us
+        peer.unloaded = beat.unloaded
         peer.up, peer.lease_us = beat.state == "up", beat.lease_ms * 1_000
         self._seen.set()
 
@@ -336,7 +364,7 @@ class Requester:
 
     def _on_lost(self) -> None:
         """The connection broke: requests and answers on their way may be lost, so the callers are told now."""
-        for peer in [p for p in self._peers.values() if not self._bus.is_local(subjects.batcher(p.id))]:
+        for peer in [p for p in self._peers.values() if not self._bus.is_local(subjects.ask(p.id))]:
             del self._peers[peer.id]
             for slot in peer.open:
                 pending = self._pending.get(slot)

@@ -11,8 +11,8 @@ from narsil_stream.actors.scheduling import Scheduler
 from narsil_stream.schemas.errors import Refused
 from narsil_stream.schemas.internal import ExecutorBeat, Lease, ModelRef, Result, Slot
 
-MODEL = ModelKey("m", "1")
-OTHER = ModelKey("n", "1")
+MODEL = ModelKey("m", "1", "digest")
+OTHER = ModelKey("n", "1", "digest")
 BUDGET_US = 1_000_000
 LEASE_US = 500_000
 FLOOR_US = 50_000
@@ -60,7 +60,7 @@ class Batcher:
     ) -> None:
         """A beat of an executor that leases `slots`, and `busy` ones, to this batcher."""
         leases = [*(Lease("b", slot, False) for slot in slots), *(Lease("b", slot, True) for slot in busy)]
-        refs = tuple(ModelRef(key.name, key.version, "digest") for key in models)
+        refs = tuple(ModelRef(*key) for key in models)
         self._sort(self.policy.beat(ExecutorBeat(executor, refs, total, tuple(leases), state), self.now))
 
     def offer(self, *tickets: Ticket) -> tuple[Ticket, ...]:

@@ -20,7 +20,7 @@ from narsil_stream.actors.scheduling import MAX_SENDS, Scheduler
 from narsil_stream.schemas.errors import Fault, Refused
 from narsil_stream.schemas.internal import Batch, BatcherBeat, Demand, ExecutorBeat, Grant, ModelRef, Result
 
-MODEL = ModelKey("m", "1")
+MODEL = ModelKey("m", "1", "digest")
 REF = ModelRef("m", "1", "digest")
 BEAT_US = 20_000
 LEASE_US = 100_000
@@ -164,7 +164,7 @@ class SimulatedBatcher(Actor):
     def _join(self, decision: Dispatch) -> Batch:
         rows = memoryview(b"".join(t.id.to_bytes(4, "little") * t.rows for t in decision.tickets))
         return Batch(
-            decision.batch, self.name, decision.slot, *decision.model, REF.digest, decision.rows,
+            decision.batch, self.name, decision.slot, *decision.model, decision.rows,
             rows, NOTHING, NOTHING, decision.budget_us, decision.demand,
         )  # fmt: skip
 

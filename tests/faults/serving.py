@@ -16,10 +16,11 @@ from tests.support import PATIENCE_S, narsil, until
 class Serve:
     """`with Serve(model, tmp_path, "--executor-executors", "2") as serve`: entered once it says that it is ready."""
 
-    def __init__(self, model: Path, folder: Path, *options: str) -> None:
+    def __init__(self, model: Path | None, folder: Path, *options: str | Path) -> None:
         self.log = folder / "serve.log"
         ports = ["--http-port", "0", "--grpc-port", "0", "--metrics-port", "0", "--nats-port", "0"]
-        self._arguments = ["serve", "--model", model, "--data-dir", folder, *ports, *options]
+        models = ["--model", model] if model is not None else []
+        self._arguments = ["serve", *models, "--data-dir", folder, *ports, *options]
         self.process: subprocess.Popen[bytes] | None = None
         self.metrics_port = 0
         self._seen: set[int] = set()

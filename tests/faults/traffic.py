@@ -14,6 +14,7 @@ import numpy as np
 import uvloop
 
 from narsil_stream.core.client import Client
+from narsil_stream.core.config import NatsConfig
 from narsil_stream.kernels.artifact import read_spec
 from narsil_stream.kernels.init import random_batch
 from narsil_stream.schemas.errors import Refused, named
@@ -27,15 +28,27 @@ class Traffic:
     """`with Traffic(model, http=port, nats=url) as traffic`: until the end of the block, callers ask without pause.
 
     `ended` counts how requests ended: "right", "wrong", or the name of the error; "connection" is an HTTP connection
-    that broke or was refused before an answer.
+    that broke or was refused before an answer. `other` is an artifact of the same shape, for instance the next weights:
+    answers by it count as "other".
     """
 
-    def __init__(self, model: Path, *, http: int = 0, nats: str = "", callers: int = 16, retry: bool = False) -> None:
+    def __init__(
+        self,
+        model: Path,
+        *,
+        http: int = 0,
+        nats: str | NatsConfig = "",
+        callers: int = 16,
+        retry: bool = False,
+        other: Path | None = None,
+    ) -> None:
         spec = read_spec(model)
         batch = random_batch(spec, ROWS, seed=11)
         self._name = spec.name
         self._dense, self._ids = batch.dense, batch.ids.reshape(ROWS, spec.n_sparse)
-        self._expected = expected(model, self._dense, self._ids)
+        self._expected = {"right": expected(model, self._dense, self._ids)}
+        if other is not None:
+            self._expected["other"] = expected(other, self._dense, self._ids)
         self._http, self._nats, self._callers, self._retry = http, nats, callers, retry
         self.ended: Counter[str] = Counter()
         self.slowest_s = 0.0
@@ -55,8 +68,8 @@ class Traffic:
 
     def answered(self, more: int) -> None:
         """Returns when this many more requests got their right score."""
-        goal = self.ended["right"] + more
-        until(lambda: self.ended["right"] >= goal or self.ended["wrong"], f"{more} more answers; so far {self.ended}")
+        goal = self.good + more
+        until(lambda: self.good >= goal or self.ended["wrong"], f"{more} more answers; so far {self.ended}")
 
     def until_ended(self, how: str) -> None:
         """Returns when one more request has ended so."""
@@ -64,9 +77,14 @@ class Traffic:
         until(lambda: self.ended[how] >= goal, f"a request that ends as {how}; so far {self.ended}")
 
     @property
+    def good(self) -> int:
+        """Answers with the scores of one of the artifacts."""
+        return sum(self.ended[how] for how in self._expected)
+
+    @property
     def bad(self) -> Counter[str]:
-        """All that did not get the right score."""
-        return Counter({how: count for how, count in self.ended.items() if how != "right"})
+        """All that did not get such scores."""
+        return Counter({how: count for how, count in self.ended.items() if how not in self._expected})
 
     async def _run(self) -> None:
         async with contextlib.AsyncExitStack() as stack:
@@ -92,9 +110,12 @@ class Traffic:
                 self.ended["connection"] += 1
                 await asyncio.sleep(0.01)
             else:
-                right = np.allclose(scores, self._expected[rows], rtol=0, atol=1e-6)
-                self.ended["right" if right else "wrong"] += 1
+                self.ended[self._judged(scores, rows)] += 1
             self.slowest_s = max(self.slowest_s, time.monotonic() - started)
+
+    def _judged(self, scores: list[float], rows: list[int]) -> str:
+        by = (how for how, known in self._expected.items() if np.allclose(scores, known[rows], rtol=0, atol=1e-6))
+        return next(by, "wrong")
 
     def _over_nats(self, client: Client) -> Callable[[list[int], "Traffic"], Awaitable[list[float]]]:
         async def ask(rows: list[int], traffic: Traffic) -> list[float]:

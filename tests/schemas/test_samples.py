@@ -19,14 +19,18 @@ from narsil_stream.schemas.codec import Spelling
 from narsil_stream.schemas.internal import (
     Answers,
     Ask,
+    Asking,
     Batch,
     BatcherBeat,
     Bundle,
     Cancel,
+    Control,
     Demand,
+    Done,
     ExecutorBeat,
     Grant,
     Lease,
+    Look,
     ModelCard,
     ModelRef,
     Report,
@@ -34,8 +38,17 @@ from narsil_stream.schemas.internal import (
     Slot,
     ToBatcher,
     ToExecutor,
+    ToRepository,
 )
 from narsil_stream.schemas.model import Architecture, ModelSpec, Preprocessing, Table
+from narsil_stream.schemas.oip import (
+    BatchStatistics,
+    Duration,
+    InferStatistics,
+    ModelStatistics,
+    RepositoryEntry,
+    StatisticsReport,
+)
 from narsil_stream.schemas.wire import InferAnswer, InferRequest, Tensor
 
 FOLDER = Path(__file__).parent / "samples" / "v1"
@@ -138,7 +151,7 @@ def between_actors() -> dict[str, Sample]:
     return {
         f"{name}.bin": Sample(lambda value=value: msgspec.msgpack.encode(value), reader(kind), value)
         for kind, values in {
-            ToBatcher: {
+            Asking: {
                 "bundle": Bundle(
                     reply="_INBOX.narsil.0011223344556677",
                     asks=(
@@ -147,6 +160,8 @@ def between_actors() -> dict[str, Sample]:
                     ),
                 ),
                 "cancel": Cancel(reply="_INBOX.narsil.0011223344556677", slots=(0, 2**40)),
+            },
+            ToBatcher: {
                 "result": Result(
                     batch=70_000,
                     executor="executor-1",
@@ -183,11 +198,33 @@ def between_actors() -> dict[str, Sample]:
                     leases=(Lease(batcher="batcher-1", slot=SLOT, busy=True),),
                     state="leaving",
                 ),
+                "executor-beat-control": ExecutorBeat(
+                    executor="executor-1", models=(), slots=2, leases=(), retiring=(REF,), unloaded=("dlrm", "old")
+                ),
             },
             BatcherBeat: {
                 "batcher-beat": BatcherBeat(
                     batcher="batcher-1", models=(REF,), wait_us=800, demand_rows=64, slack_us=900, state="gone"
                 ),
+                "batcher-beat-control": BatcherBeat(
+                    batcher="batcher-1", models=(), wait_us=0, finishing=(REF.digest,), unloaded=True
+                ),
+            },
+            ToRepository: {
+                "control": Control(reply="_INBOX.narsil.0011223344556677", slot=3, verb="load", model="dlrm"),
+                "look": Look(reply="_INBOX.narsil.0011223344556677", slot=2**40),
+            },
+            Done: {
+                "done": Done(executor="executor-1", slot=3),
+                "done-index": Done(
+                    executor="executor-1",
+                    slot=2**40,
+                    entries=(
+                        RepositoryEntry("dlrm", "7", "READY"),
+                        RepositoryEntry("dlrm", "8", "UNAVAILABLE", "no such tensor"),
+                    ),
+                ),
+                "done-refused": Done(executor="executor-1", slot=4, fault="NOT_FOUND", detail="no model 'x'"),
             },
             Report: {
                 "report": Report(
@@ -209,9 +246,32 @@ def reader(kind: Any) -> Callable[[bytes], Any]:
 
 
 CARDS = [ModelCard(digest=REF.digest, spec=SPEC, backend="reference", device="cpu", precision="fp32")]
+STATISTICS = StatisticsReport(
+    (
+        ModelStatistics(
+            name="dlrm",
+            version="7",
+            last_inference=1_767_225_600_000,
+            inference_count=70,
+            execution_count=2,
+            inference_stats=InferStatistics(
+                success=Duration(3, 9_000_000),
+                fail=Duration(1, 500),
+                queue=Duration(3, 1_000_000),
+                compute_input=Duration(3, 60_000),
+                compute_infer=Duration(3, 2_400_000),
+                compute_output=Duration(3, 30_000),
+            ),
+            batch_stats=[BatchStatistics(6, Duration(1, 10_000), Duration(1, 400_000), Duration(1, 5_000))],
+        ),
+    )
+)
 SAMPLES = {
     **public(),
     **between_actors(),
+    "statistics.json": Sample(
+        lambda: msgspec.json.encode(STATISTICS), msgspec.json.Decoder(StatisticsReport).decode, STATISTICS
+    ),
     "model-cards.json": Sample(lambda: msgspec.json.encode(CARDS), msgspec.json.Decoder(list[ModelCard]).decode, CARDS),
 }
 

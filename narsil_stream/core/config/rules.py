@@ -4,7 +4,9 @@ import re
 from collections.abc import Iterator
 from pathlib import Path
 
+from narsil_stream.core.config.access import AccessConfig
 from narsil_stream.core.config.schema import Config, NatsConfig
+from narsil_stream.schemas.model import NAME
 
 Broken = tuple[str, tuple[str, ...]]
 ADDRESS = re.compile(r"(nats|tls|wss?)://\S+")
@@ -20,10 +22,12 @@ def broken(config: Config) -> Iterator[Broken]:
     yield from _batching(config)
     yield from _ports(config)
     yield from _inline(config)
+    yield from _models(config)
     yield from _login(config.nats)
     yield from _address(config.nats)
     yield from _hash(config.nats)
     yield from _files(config.nats)
+    yield from _pair(config.access)
 
 
 def _timing(config: Config) -> Iterator[Broken]:
@@ -69,6 +73,17 @@ def _inline(config: Config) -> Iterator[Broken]:
         yield "inline runs one gateway, one batcher and one executor in one process", ("mode", *many)
 
 
+def _models(config: Config) -> Iterator[Broken]:
+    if config.load_models and config.model_control != "explicit":
+        yield "without explicit control every model is loaded at start", ("load_models", "model_control")
+    if config.load_models and not config.model_repository:
+        yield "models that are loaded by name need a repository that holds them", ("load_models", "model_repository")
+    for name in config.loaded_names:
+        if not NAME.fullmatch(name) and name != "*":
+            yield f"a model's name matches {NAME.pattern}", ("load_models",)
+            return
+
+
 def _login(nats: NatsConfig) -> Iterator[Broken]:
     names = ("user", "token", "nkey_seed_file", "creds_file")
     ways = tuple(f"nats.{name}" for name in names if getattr(nats, name))
@@ -99,6 +114,14 @@ def _files(nats: NatsConfig) -> Iterator[Broken]:
         path = getattr(nats, key.removeprefix("nats."))
         if path and (reason := unreadable(path)):
             yield f"this file cannot be read ({reason})", (key,)
+
+
+def _pair(access: AccessConfig) -> Iterator[Broken]:
+    if bool(access.tls_cert) != bool(access.tls_key):
+        yield "a certificate needs its private key, and a key its certificate", ("access.tls_cert", "access.tls_key")
+    if access.tls_client_ca and not access.tls_cert:
+        keys = ("access.tls_client_ca", "access.tls_cert")
+        yield "client certificates are asked for in TLS, which needs a certificate of the server's own", keys
 
 
 def unreadable(path: str) -> str:

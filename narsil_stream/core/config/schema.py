@@ -11,7 +11,10 @@ from typing import Annotated, Any, Literal
 
 from msgspec import Meta, Struct, field
 
+from narsil_stream.core.config.access import AccessConfig
+
 Mode = Literal["batch", "worker", "inline"]
+ModelControl = Literal["none", "explicit"]
 BackendName = Literal["auto", "reference"]
 LogLevel = Literal["debug", "info", "warning", "error"]
 LogFormat = Literal["text", "json"]
@@ -49,7 +52,7 @@ class HttpConfig(Struct, frozen=True, forbid_unknown_fields=True):
         Host,
         Meta(
             description="Address that the HTTP gateway listens on. 127.0.0.1: this machine only; 0.0.0.0: every "
-            "interface, and whoever reaches it may send requests."
+            "interface, which needs access.tokens_file, access.tls_client_ca or --insecure."
         ),
     ] = "127.0.0.1"
     port: Annotated[Port, Meta(description="TCP port of the HTTP gateway. 0: any free port.")] = 8000
@@ -87,7 +90,7 @@ class GrpcConfig(Struct, frozen=True, forbid_unknown_fields=True):
         Host,
         Meta(
             description="Address that the gRPC gateway listens on. 127.0.0.1: this machine only; 0.0.0.0: every "
-            "interface, and whoever reaches it may send requests."
+            "interface, which needs access.tokens_file, access.tls_client_ca or --insecure."
         ),
     ] = "127.0.0.1"
     port: Annotated[Port, Meta(description="TCP port of the gRPC gateway. 0: any free port.")] = 8001
@@ -131,7 +134,10 @@ class MetricsConfig(Struct, frozen=True, forbid_unknown_fields=True):
 
     host: Annotated[
         Host,
-        Meta(description="Address that the Prometheus metrics are served on. 127.0.0.1: this machine only."),
+        Meta(
+            description="Address that the Prometheus metrics are served on, to whoever asks. 127.0.0.1: this machine "
+            "only; others need --insecure."
+        ),
     ] = "127.0.0.1"
     port: Annotated[Port, Meta(description="TCP port of the Prometheus metrics. 0: any free port.")] = 8002
 
@@ -146,9 +152,13 @@ class NatsConfig(Struct, frozen=True, forbid_unknown_fields=True):
             'cluster are separated by commas. "": `narsil serve` starts one, others use nats.host and nats.port.'
         ),
     ] = ""
-    host: Annotated[Host, Meta(description="Address that our own broker listens on. 127.0.0.1: this machine only.")] = (
-        "127.0.0.1"
-    )
+    host: Annotated[
+        Host,
+        Meta(
+            description="Address that our own broker listens on. 127.0.0.1: this machine only; others need a login "
+            "(nats.user, nats.token, `narsil broker --init`) or --insecure."
+        ),
+    ] = "127.0.0.1"
     port: Annotated[Port, Meta(description="TCP port of our own broker. 0: any free port.")] = 4222
     user: Annotated[str, Meta(description='User name at the broker. "": none.')] = ""
     password: Annotated[
@@ -383,8 +393,31 @@ class Config(Struct, frozen=True, forbid_unknown_fields=True):
     model: Annotated[
         str,
         Meta(
-            description='Folder of the model artifact to serve. "": a demo model, made in data_dir on first start.',
+            description='Folder of the model artifact to serve. "": those of model_repository, or without one a demo '
+            "model, made in data_dir on first start.",
             extra=PATH,
+        ),
+    ] = ""
+    model_repository: Annotated[
+        str,
+        Meta(
+            description="Folder of model artifacts, as <folder>/model.json or <model>/<version>/model.json; names and "
+            'versions are those of model.json. Executors read it. "": none.',
+            extra=PATH,
+        ),
+    ] = ""
+    model_control: Annotated[
+        ModelControl,
+        Meta(
+            description="none: the newest version of each model in model_repository is served, and that of model; "
+            "explicit: model and load_models at first, then whatever clients with that right load and unload."
+        ),
+    ] = "none"
+    load_models: Annotated[
+        str,
+        Meta(
+            description="Names of models in model_repository to load at start, separated by commas, when "
+            "model_control is explicit. *: all. An executor that joins others serves what they serve."
         ),
     ] = ""
     data_dir: Annotated[
@@ -403,10 +436,23 @@ class Config(Struct, frozen=True, forbid_unknown_fields=True):
     log_format: Annotated[
         LogFormat, Meta(description="text: lines for people; json: one object a line, for collectors.")
     ] = "text"
+    insecure: Annotated[
+        bool,
+        Meta(
+            description="Listen beyond this machine although whoever reaches the address may call. For networks where "
+            "something else decides who gets there."
+        ),
+    ] = False
     http: HttpConfig = HttpConfig()
     grpc: GrpcConfig = GrpcConfig()
+    access: AccessConfig = AccessConfig()
     metrics: MetricsConfig = MetricsConfig()
     nats: NatsConfig = NatsConfig()
     batch: BatchConfig = BatchConfig()
     executor: ExecutorConfig = ExecutorConfig()
     timing: TimingConfig = TimingConfig()
+
+    @property
+    def loaded_names(self) -> tuple[str, ...]:
+        """`load_models` as names; "*" stands for all."""
+        return tuple(name.strip() for name in self.load_models.split(",") if name.strip())
