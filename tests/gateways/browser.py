@@ -42,6 +42,7 @@ class Browser:
     def __init__(self, path: str) -> None:
         self._path = path
         self._ids = itertools.count(1)
+        self._target = self._session = ""
         self.complaints: list[str] = []
         """What the browser's console would show: errors of scripts, and what the page's policy did not let through."""
         self.fetched: list[str] = []
@@ -60,12 +61,20 @@ class Browser:
         os.close(theirs)
         os.close(answers)
         self._incoming = os.fdopen(ours, "rb")
-        self._session = ""
-        target = self.call("Target.createTarget", url="about:blank")["targetId"]
-        self._session = self.call("Target.attachToTarget", targetId=target, flatten=True)["sessionId"]
+        self.fresh()
+        return self
+
+    def fresh(self) -> None:
+        """A new page, of which nothing has been heard yet, in place of the one there was."""
+        old, self._session = self._target, ""
+        self._target = self.call("Target.createTarget", url="about:blank")["targetId"]
+        session = self.call("Target.attachToTarget", targetId=self._target, flatten=True)["sessionId"]
+        if old:
+            self.call("Target.closeTarget", targetId=old)
+        self._session = session
+        self.complaints, self.fetched = [], []
         for domain in ("Page", "Runtime", "Log", "Network"):
             self.call(f"{domain}.enable")
-        return self
 
     def __exit__(self, *error: object) -> None:
         with contextlib.suppress(ProcessLookupError):
@@ -96,9 +105,9 @@ class Browser:
         assert "exceptionDetails" not in answer, answer["exceptionDetails"]
         return answer["result"].get("value")
 
-    def wait(self, script: str, what: str) -> Any:
-        """The first true value of an expression."""
-        return until(lambda: self.look(script), what)
+    def wait(self, script: str, what: str) -> None:
+        """Until an expression is true, in JavaScript's sense."""
+        until(lambda: self.look(f"Boolean({script})"), what)
 
     def dress(self, width: int, height: int, scheme: str, phone: bool = False) -> None:
         """The window's size, and whether people prefer dark or light."""
@@ -116,6 +125,8 @@ class Browser:
         return json.loads(data)
 
     def _hear(self, said: Any) -> None:
+        if said.get("sessionId") != self._session:
+            return  # of the page before
         params = said.get("params", {})
         match said.get("method"):
             case "Runtime.exceptionThrown":
