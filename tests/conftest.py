@@ -12,6 +12,7 @@ import pytest
 
 from narsil_stream.kernels.artifact import write
 from narsil_stream.kernels.init import criteo_spec, random_model
+from narsil_stream.kernels.init import demo_model as make_demo_model
 from tests.support import NatsServer, System
 
 
@@ -49,6 +50,21 @@ def system(nats_server: NatsServer, criteo_model: Path) -> Iterator[System]:
 def shared_system(criteo_model: Path) -> Iterator[System]:
     """As `system`, with an HTTP gateway, but started once."""
     with NatsServer() as server, System(server.url, criteo_model, gateways=1) as running:
+        yield running
+
+
+@pytest.fixture(scope="session")
+def demo_model(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The artifact that `narsil serve` shows on a fresh machine, which the examples of documents fit."""
+    folder = tmp_path_factory.mktemp("demo") / "dlrm"
+    make_demo_model(folder)
+    return folder
+
+
+@pytest.fixture(scope="session")
+def demo_system(demo_model: Path) -> Iterator[System]:
+    """As `shared_system`, with the demo model, and with a gRPC gateway too."""
+    with NatsServer() as server, System(server.url, demo_model, gateways=1, grpc_gateways=1) as running:
         yield running
 
 
