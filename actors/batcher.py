@@ -32,6 +32,7 @@ from narsil_stream.schemas import subjects
 from narsil_stream.schemas.errors import Fault, Refused
 from narsil_stream.schemas.internal import (
     Ask,
+    Asking,
     Batch,
     BatcherBeat,
     Bundle,
@@ -50,6 +51,7 @@ BATCH_HEADER = 1_024
 MAILBOX = 65_536
 
 _decode = msgspec.msgpack.Decoder(ToBatcher).decode
+_decode_asking = msgspec.msgpack.Decoder(Asking).decode
 _decode_beat = msgspec.msgpack.Decoder(ExecutorBeat).decode
 
 
@@ -89,7 +91,8 @@ class Batcher(Actor[Message]):
     # Life
 
     async def start(self) -> None:
-        await self._bus.listen(subjects.batcher(self.name), self._take, _decode, owner=self)
+        await self._bus.listen(subjects.ask(self.name), self._take_asking, _decode_asking, owner=self)
+        await self._bus.listen(subjects.batcher(self.name), self.mailbox.put_urgent, _decode, owner=self)
         await self._bus.listen(subjects.EXECUTOR_BEAT, self.mailbox.put_urgent, _decode_beat, owner=self)
         await self._bus.subscribe(subjects.HELLO, lambda _: self.mailbox.put_urgent(Hello()), owner=self)
         await self._bus.respond(subjects.describe(self.name), self._catalogue.described, owner=self)
@@ -144,7 +147,12 @@ class Batcher(Actor[Message]):
         self._catalogue.stop()
         if self._on_lost in self._bus.on_lost:
             self._bus.on_lost.remove(self._on_lost)
-        own = (subjects.batcher(self.name), subjects.describe(self.name), subjects.statistics(self.name))
+        own = (
+            subjects.ask(self.name),
+            subjects.batcher(self.name),
+            subjects.describe(self.name),
+            subjects.statistics(self.name),
+        )
         heard = (*own, subjects.EXECUTOR_BEAT, subjects.HELLO)
         await self._leave_public()
         await asyncio.gather(*(self._bus.unsubscribe(subject, owner=self) for subject in heard))
@@ -158,15 +166,14 @@ class Batcher(Actor[Message]):
 
     # Messages in
 
-    def _take(self, message: ToBatcher) -> None:
-        if isinstance(message, Bundle):
-            if subjects.reserved(message.reply):
-                self._metrics.no_answer.labels("reserved subject").inc()
-            elif not self.mailbox.put(message):
-                for ask in message.asks:
-                    self._refuse_unseen(Caller(message.reply, ask.slot, ask.request.id))
-        else:
+    def _take_asking(self, message: Asking) -> None:
+        if isinstance(message, Cancel):
             self.mailbox.put_urgent(message)
+        elif subjects.reserved(message.reply):
+            self._metrics.no_answer.labels("reserved subject").inc()
+        elif not self.mailbox.put(message):
+            for ask in message.asks:
+                self._refuse_unseen(Caller(message.reply, ask.slot, ask.request.id))
 
     def _take_published(self, message: Msg) -> None:
         if subjects.reserved(message.reply) or not message.reply:

@@ -11,6 +11,7 @@ from grpc_health.v1 import health_pb2, health_pb2_grpc
 from grpc_reflection.v1alpha import reflection_pb2, reflection_pb2_grpc
 from grpc_reflection.v1alpha.reflection import ReflectionServicer
 
+from narsil_stream.core.access import Access
 from narsil_stream.core.actor import Actor
 from narsil_stream.core.bus import Bus
 from narsil_stream.core.config import Config, GrpcConfig
@@ -21,6 +22,7 @@ from narsil_stream.gateways.grpc_health import Health
 from narsil_stream.gateways.grpc_stream import Context, InferStream
 from narsil_stream.gateways.grpc_verbs import VERBS, Verb, Verbs, abort
 from narsil_stream.gateways.inference import Inference
+from narsil_stream.gateways.tls import grpc_credentials
 from narsil_stream.schemas import codec
 from narsil_stream.schemas.errors import Fault, Refused
 from narsil_stream.schemas.protobuf import POOL, SERVICE, message_class
@@ -49,6 +51,7 @@ class GrpcGateway(Actor[None]):
         self._share_port = share_port
         self._inference = Inference(config, bus, self.registry)
         self._verbs = Verbs(config, self._inference)
+        self._access = Access(config, "grpc")
         self._health = Health((SERVICE.full_name,), lambda: self._inference.ready)
         self._streams: set[InferStream] = set()
         self._server: aio.Server | None = None
@@ -71,9 +74,15 @@ class GrpcGateway(Actor[None]):
             ReflectionServicer(SERVICES, pool=POOL), self._server
         )
         with reserve(where.host, where.port, "grpc.port", share=self._share_port) as self.port:
-            self._server.add_insecure_port(address(where.host, self.port))
+            self._open_port(self._server, address(where.host, self.port))
             await self._server.start()
         await self._inference.wait_ready(1.0)
+
+    def _open_port(self, server: aio.Server, where: str) -> None:
+        if (credentials := grpc_credentials(self._config.access)) is not None:
+            server.add_secure_port(where, credentials)
+        else:
+            server.add_insecure_port(where)
 
     async def drain(self) -> None:
         """Not ready from now on; take no new calls once callers had a moment to notice; finish what is open."""
@@ -113,11 +122,23 @@ class GrpcGateway(Actor[None]):
         for method in SERVICE.methods:
             if method.name in VERBS:
                 handlers[method.name] = grpc.unary_unary_rpc_method_handler(
-                    self._unary(VERBS[method.name], message_class(method.input_type.name))
+                    self._unary(method.name, VERBS[method.name], message_class(method.input_type.name))
                 )
         return grpc.method_handlers_generic_handler(SERVICE.full_name, handlers)
 
+    def _check(self, verb: str, context: Context) -> None:
+        """Raises `Refused`."""
+        authorization = None
+        if self._access.reads_tokens:
+            given = (value for name, value in context.invocation_metadata() or () if name == "authorization")
+            authorization = next(given, None)
+        self._access.check(authorization, verb)
+
     async def _infer(self, data: bytes, context: Context) -> bytes:
+        try:
+            self._check("ModelInfer", context)
+        except Refused as refused:
+            await abort(context, refused)
         answer = await self._answer(data, context)
         if answer.fault:
             await abort(context, codec.refusal(answer))
@@ -127,6 +148,10 @@ class GrpcGateway(Actor[None]):
         async def answered(data: bytes) -> bytes:
             return serialized(to_stream_response(await self._answer(data, context)))
 
+        try:
+            self._check("ModelStreamInfer", context)
+        except Refused as refused:
+            await abort(context, refused)
         stream = InferStream(context, answered)
         self._streams.add(stream)
         try:
@@ -143,9 +168,10 @@ class GrpcGateway(Actor[None]):
             log.exception("an infer request failed")
             return InferAnswer("", fault=Fault.INTERNAL.name, detail="internal error")
 
-    def _unary(self, verb: Verb, kind: Any) -> Callable[[bytes, Context], Awaitable[bytes]]:
+    def _unary(self, name: str, verb: Verb, kind: Any) -> Callable[[bytes, Context], Awaitable[bytes]]:
         async def handle(data: bytes, context: Context) -> bytes:
             try:
+                self._check(name, context)
                 return serialized(await verb.run(self._verbs, parsed(kind, data)))
             except Refused as error:
                 refused = error

@@ -10,15 +10,17 @@ from granian.http import HTTP1Settings, HTTP2Settings
 from granian.rsgi import HTTPProtocol, Scope
 from granian.server.embed import Server
 
+from narsil_stream.core.access import Access
 from narsil_stream.core.actor import Actor
 from narsil_stream.core.bus import Bus
 from narsil_stream.core.config import Config
-from narsil_stream.core.ports import reserve
+from narsil_stream.core.ports import address, reserve
 from narsil_stream.core.telemetry import gauges
 from narsil_stream.gateways.http_body import Problem
 from narsil_stream.gateways.http_routes import Call, Reply, Route, Router
 from narsil_stream.gateways.http_verbs import ROUTES, Verbs, error, refusal
 from narsil_stream.gateways.inference import Inference
+from narsil_stream.gateways.tls import granian_tls
 from narsil_stream.schemas.errors import Refused
 
 log = logging.getLogger(__name__)
@@ -44,6 +46,7 @@ class HttpGateway(Actor[None]):
         self._inference = Inference(config, bus, self.registry)
         self._verbs = Verbs(config, self._inference, self.registry)
         self._router = Router(ROUTES)
+        self._access = Access(config, "http")
         self._serving: asyncio.Task[None] | None = None
         self._server: Server | None = None
         self._open = 0
@@ -71,6 +74,7 @@ class HttpGateway(Actor[None]):
                     keep_alive_interval=PING_MS, max_concurrent_streams=STREAMS, max_headers_size=HEADER_BYTES
                 ),
                 log_enabled=False,
+                **granian_tls(self._config.access),
             )
             self._serving = asyncio.create_task(self._server.serve(), name=f"{self.name} http")
             await self._listening()
@@ -114,7 +118,8 @@ class HttpGateway(Actor[None]):
     def detail(self) -> str:
         models = ", ".join(f"{ref.name} {ref.version}" for ref in self._inference.models()) or "no model"
         ready = "ready" if self._inference.ready else "not ready"
-        return f"http://{self._config.http.host}:{self.port}, {models}, {ready}"
+        scheme = "https" if self._config.access.tls_cert else "http"
+        return f"{scheme}://{address(self._config.http.host, self.port)}, {models}, {ready}"
 
     # One request
 
@@ -133,6 +138,7 @@ class HttpGateway(Actor[None]):
     async def _reply(self, scope: Scope, proto: HTTPProtocol) -> Reply:
         try:
             route, names = self._route(scope)
+            self._access.check(scope.headers.get("authorization"), route.verb)
             return await route.handler(self._verbs, Call(scope, proto, *names))
         except Refused as refused:
             return refusal(refused)

@@ -5,7 +5,6 @@ from typing import Any, NamedTuple
 
 from granian.rsgi import HTTPProtocol, Scope
 
-
 Headers = list[tuple[str, str]]
 
 

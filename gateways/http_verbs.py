@@ -8,26 +8,21 @@ from typing import Any
 import msgspec
 from prometheus_client import CollectorRegistry
 
+from narsil_stream.core.access import CHALLENGES
 from narsil_stream.core.config import Config
 from narsil_stream.core.telemetry import text
 from narsil_stream.gateways.http_body import Bodies, WhileThere
-from narsil_stream.gateways.http_codec import JSON_LENGTH, decode, deflated, encode, is_msgpack
+from narsil_stream.gateways.http_codec import JSON_LENGTH, Body, decode, deflated, encode, is_msgpack
+from narsil_stream.gateways.http_documents import OPENAPI, OPENAPI_HEADERS, PAGE, PAGE_HEADERS
 from narsil_stream.gateways.http_routes import Call, Headers, Reply, Route
 from narsil_stream.gateways.inference import Inference
 from narsil_stream.gateways.metadata import SERVER
 from narsil_stream.schemas.codec import Spelling
 from narsil_stream.schemas.errors import Fault, Refused, invalid, named
-from narsil_stream.schemas.oip import RepositoryAction
+from narsil_stream.schemas.oip import IndexRequest, ModelReady, RepositoryAction, ServerLive, ServerReady
 from narsil_stream.schemas.wire import InferAnswer, InferRequest, JsonError
 
 JSON = ("content-type", "application/json")
-
-
-class IndexRequest(msgspec.Struct):
-    """The body of `POST v2/repository/index`, which may be empty."""
-
-    ready: bool = False
-    """Only the models that are ready."""
 
 
 _decode_index = msgspec.json.Decoder(IndexRequest).decode
@@ -68,11 +63,11 @@ class Verbs:
         return Reply(status, body.content, body.headers + more)
 
     async def live(self, _: Call) -> Reply:
-        return _json(HTTPStatus.OK, {"live": True})
+        return _json(HTTPStatus.OK, ServerLive(True))
 
     async def ready(self, _: Call) -> Reply:
         ready = self._inference.ready
-        return _json(HTTPStatus.OK if ready else HTTPStatus.SERVICE_UNAVAILABLE, {"ready": ready})
+        return _json(HTTPStatus.OK if ready else HTTPStatus.SERVICE_UNAVAILABLE, ServerReady(ready))
 
     async def server_metadata(self, _: Call) -> Reply:
         return _json(HTTPStatus.OK, SERVER)
@@ -80,7 +75,7 @@ class Verbs:
     async def model_ready(self, call: Call) -> Reply:
         ready = self._inference.model_ready(call.model, call.version)
         status = HTTPStatus.OK if ready else HTTPStatus.SERVICE_UNAVAILABLE
-        return _json(status, {"name": call.model, "ready": ready})
+        return _json(status, ModelReady(call.model, ready))
 
     async def model_metadata(self, call: Call) -> Reply:
         return _json(HTTPStatus.OK, await self._inference.metadata(call.model, call.version))
@@ -113,6 +108,12 @@ class Verbs:
         exposition = text(self._registry).encode()
         return Reply(HTTPStatus.OK, exposition, [("content-type", "text/plain; version=0.0.4; charset=utf-8")])
 
+    async def openapi(self, call: Call) -> Reply:
+        return _document(call, OPENAPI, OPENAPI_HEADERS)
+
+    async def docs(self, call: Call) -> Reply:
+        return _document(call, PAGE, PAGE_HEADERS)
+
     async def not_offered(self, call: Call) -> Reply:
         raise Refused(Fault.UNIMPLEMENTED, f"{call.scope.path} is an extension of Triton's that is not offered here")
 
@@ -127,6 +128,11 @@ def _read(decoder: Any, body: bytes, default: Any) -> Any:
         raise invalid(f"the body is not what this path takes: {error}") from None
 
 
+def _document(call: Call, content: bytes, headers: Headers) -> Reply:
+    body = deflated(Body(content, headers), call.scope.headers.get("accept-encoding", ""))
+    return Reply(HTTPStatus.OK, body.content, body.headers)
+
+
 def _json(status: int, body: Any) -> Reply:
     return Reply(status, msgspec.json.encode(body), [JSON])
 
@@ -139,7 +145,10 @@ def error(status: int, detail: str, *headers: tuple[str, str]) -> Reply:
 def refusal(refused: Refused) -> Reply:
     """A row of the error table."""
     body = JsonError(refused.detail, refused.fault.name, refused.retry_after_us)
-    return Reply(refused.fault.http, msgspec.json.encode(body), [JSON, *retry_after(refused.retry_after_us)])
+    headers = [JSON, *retry_after(refused.retry_after_us)]
+    if challenge := CHALLENGES.get(refused.fault):
+        headers.append(("www-authenticate", challenge))
+    return Reply(refused.fault.http, msgspec.json.encode(body), headers)
 
 
 def retry_after(us: int) -> Headers:
@@ -185,5 +194,7 @@ ROUTES = (
     Route("POST", "/v2/repository/models/{model}/load", "RepositoryModelLoad", Verbs.load),
     Route("POST", "/v2/repository/models/{model}/unload", "RepositoryModelUnload", Verbs.unload),
     Route("GET", "/metrics", "Metrics", Verbs.metrics),
+    Route("GET", "/openapi.json", "Documents", Verbs.openapi),
+    Route("GET", "/docs", "Documents", Verbs.docs),
     *(Route(method, path, verb, Verbs.not_offered) for method, path, verb in _NOT_OFFERED),
 )

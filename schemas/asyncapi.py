@@ -13,9 +13,10 @@ from msgspec import Struct
 from narsil_stream.schemas import codec, subjects
 from narsil_stream.schemas.codec import Spelling
 from narsil_stream.schemas.describe import Schema, as_json, components, ref
-from narsil_stream.schemas.errors import Fault
+from narsil_stream.schemas.errors import Fault, error_table
 from narsil_stream.schemas.internal import (
     Answers,
+    Asking,
     BatcherBeat,
     Control,
     Done,
@@ -115,7 +116,7 @@ def _messages() -> dict[str, Said]:
             ERROR_HEADERS,
         ),
     }
-    directed = (*get_args(ToBatcher), *get_args(ToExecutor), *get_args(ToRepository))
+    directed = (*get_args(Asking), *get_args(ToBatcher), *get_args(ToExecutor), *get_args(ToRepository))
     kinds = (*directed, Answers, Done, BatcherBeat, ExecutorBeat, Report)
     internal = {_name(kind): Said(kind, MSGPACK, f"{kind.__name__}, between actors") for kind in kinds}
     return (
@@ -152,7 +153,7 @@ PARAMETERS = {
     "model": {"description": f"Name of a served model: {NAME.pattern}", "examples": ["dlrm"]},
     "version": {"description": f"Version of the model: {NAME.pattern}", "examples": ["7"]},
     "actor": {"description": "Name of the actor that listens."},
-    "process": {"description": "Chosen at random by who asks."},
+    "process": {"description": "Chosen at random by who asks, behind the public nkey of a login that has one."},
 }
 
 
@@ -177,8 +178,11 @@ def _channels() -> dict[str, Schema]:
             None, "The reply subject of a request, whatever it is: an inbox, or a feed that others read.",
             "scoresJson", "errorJson", "answerMsgpack",
         ),
+        "ask": _channel(
+            subjects.ask("{actor}"), "Internal. What callers say to a batcher.", *map(_name, get_args(Asking))
+        ),
         "batcher": _channel(
-            subjects.batcher("{actor}"), "Internal. Directed to one batcher.", *map(_name, get_args(ToBatcher))
+            subjects.batcher("{actor}"), "Internal. What executors say to a batcher.", *map(_name, get_args(ToBatcher))
         ),
         "executor": _channel(
             subjects.executor("{actor}"), "Internal. Directed to one executor.", *map(_name, get_args(ToExecutor))
@@ -219,7 +223,8 @@ def _operations() -> dict[str, Schema]:
     return {
         "infer": _operation("receive", "infer", "Batchers score a request.", "reply", group),
         "inferVersion": _operation("receive", "inferVersion", "Batchers score a request.", "reply", group),
-        "toBatcher": _operation("receive", "batcher", "A batcher takes requests, results and slots."),
+        "ask": _operation("receive", "ask", "A batcher takes requests, and hears of callers who left."),
+        "toBatcher": _operation("receive", "batcher", "A batcher takes results and slots."),
         "toExecutor": _operation("receive", "executor", "An executor takes batches and demand."),
         "answer": _operation("send", "answers", "A batcher answers what a gateway or client asked."),
         "batcherBeat": _operation("send", "batcherBeat", "A batcher says that it is alive."),
@@ -232,11 +237,6 @@ def _operations() -> dict[str, Schema]:
         "statistics": _operation("receive", "statistics", "A batcher says what it has counted.", "counted"),
         "report": _operation("send", "report", "A process reports to `narsil serve`."),
     }
-
-
-def error_table() -> dict[str, Schema]:
-    """Each fault's HTTP and NATS service error code, gRPC code, and whether a retry may succeed."""
-    return {fault.name: {"http": fault.http, "grpc": fault.grpc, "retry": fault.retry} for fault in Fault}
 
 
 def document() -> dict[str, Any]:

@@ -1,4 +1,4 @@
-"""Structs as JSON Schema (draft 7, which AsyncAPI 3.0 speaks), with the docstrings of their fields.
+"""Structs as JSON Schema, with the docstrings of their fields: draft 7 for AsyncAPI 3.0, or 2020-12 for OpenAPI 3.1.
 
 msgspec's own schemas leave positions without names and call raw bytes base64, which is true of JSON only: a Struct that
 is an array in msgpack is described here as that array, item by item.
@@ -57,6 +57,18 @@ def components(*roots: type[Struct]) -> dict[str, Schema]:
             waiting += [field.type for field in kind.fields]
         waiting += _parts(kind)
     return dict(sorted(found.items()))
+
+
+def in_2020_12(schema: Any) -> Any:
+    """The same in the newer dialect, which says otherwise how the items of a tuple are given."""
+    if isinstance(schema, list):
+        return [in_2020_12(part) for part in schema]
+    if not isinstance(schema, dict):
+        return schema
+    if isinstance(schema.get("items"), list):
+        items = {"prefixItems": schema["items"], "items": schema["additionalItems"]}
+        schema = {name: value for name, value in schema.items() if name not in ("items", "additionalItems")} | items
+    return {name: in_2020_12(value) for name, value in schema.items()}
 
 
 def ref(kind: type[Struct]) -> Schema:
@@ -159,10 +171,12 @@ def _constraints(kind: Type, names: dict[str, str]) -> Schema:
 
 @functools.cache
 def _docstrings(kind: type) -> dict[str, str]:
-    """The string below each field."""
+    """The string below each field, those that are inherited too."""
+    if not issubclass(kind, Struct) or kind is Struct:
+        return {}
     tree = ast.parse(textwrap.dedent(inspect.getsource(kind))).body[0]
     assert isinstance(tree, ast.ClassDef)
-    said = {}
+    said = dict(_docstrings(kind.__base__))
     for field, below in pairwise(tree.body):
         match field, below:
             case ast.AnnAssign(target=ast.Name(id=name)), ast.Expr(value=ast.Constant(value=str(text))):

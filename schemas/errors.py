@@ -1,7 +1,7 @@
 """The closed set of errors and what each means on every protocol. Where another document differs, this table wins."""
 
 import enum
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 
 class Meaning(NamedTuple):
@@ -39,6 +39,11 @@ class Fault(enum.Enum):
     @property
     def retry(self) -> bool:
         return self.value.retry
+
+
+def error_table() -> dict[str, dict[str, Any]]:
+    """For published documents: each fault's HTTP and NATS service error code, gRPC code, and whether to try again."""
+    return {fault.name: fault.value._asdict() for fault in Fault}
 
 
 DETAIL_CHARS = 500

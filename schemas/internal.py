@@ -199,6 +199,7 @@ class Done(Struct, array_like=True, frozen=True, gc=False, tag=13):
     entries: tuple[RepositoryEntry, ...] = ()
 
 
-ToBatcher = Bundle | Cancel | Result | Grant
+Asking = Bundle | Cancel
+ToBatcher = Result | Grant
 ToExecutor = Batch | Demand
 ToRepository = Control | Look

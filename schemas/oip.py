@@ -28,6 +28,27 @@ class ServerMetadata(Struct, frozen=True):
     extensions: tuple[str, ...] = EXTENSIONS
 
 
+class ServerLive(Struct, frozen=True):
+    """The answer to `GET v2/health/live`."""
+
+    live: bool
+
+
+class ServerReady(Struct, frozen=True):
+    """The answer to `GET v2/health/ready`."""
+
+    ready: bool
+    """Whether a request that comes now would be scored."""
+
+
+class ModelReady(Struct, frozen=True):
+    """The answer to `GET v2/models/<model>/ready`."""
+
+    name: str
+    ready: bool
+    """Whether a request to that model, or to that version of it, would be scored now."""
+
+
 class TensorMetadata(Struct, frozen=True):
     name: str
     datatype: str
@@ -170,7 +191,17 @@ class RepositoryEntry(Struct, frozen=True):
     """Why it is not READY; "" when nobody asked for it."""
 
 
+class IndexRequest(Struct, frozen=True):
+    """The body of `POST v2/repository/index`, which may be empty."""
+
+    ready: bool = False
+    """Only the models that are ready."""
+
+
 class RepositoryAction(Struct, frozen=True):
-    """The body of a load or unload request. Triton's parameters that change a model on the way in are refused."""
+    """The body of a load or unload request, which may be empty.
+
+    Triton's parameters that change a model on the way in are refused.
+    """
 
     parameters: dict[str, Any] = field(default_factory=dict)

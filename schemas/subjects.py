@@ -14,15 +14,31 @@ HELLO = "narsil.v1.hello"
 REPORT = "narsil.v1.report"
 """Each process reports its state and metrics here; `narsil serve` listens."""
 
+ADMIN = "narsil.v1.admin"
+"""Below it: what changes which models are served. Only gateways and administrators may publish there."""
+
 INBOX = "_INBOX.narsil"
+"""Answers come below it, see `inbox`."""
+DONE = "done"
+"""In the name of an inbox: executors may answer there, see `permissions`."""
+
+
+def inbox(user: str = "") -> str:
+    """Below it come the answers to one user, known by its public nkey: a broker can keep others from listening."""
+    return f"{INBOX}.{user}" if user else INBOX
 
 
 def infer(model: str, version: str = "") -> str:
     return f"{INFER}.{model}.{version}" if version else f"{INFER}.{model}"
 
 
+def ask(actor: str) -> str:
+    """What gateways and clients say to one batcher: bundles of requests, cancels."""
+    return f"narsil.v1.ask.{actor}"
+
+
 def batcher(actor: str) -> str:
-    """Directed messages to one batcher: bundles of requests, cancels, results, grants."""
+    """What executors say to one batcher: results, grants. Apart from `ask`, so that no caller can forge scores."""
     return f"narsil.v1.batcher.{actor}"
 
 
@@ -48,7 +64,7 @@ def repository(actor: str) -> str:
 
 def admin(actor: str) -> str:
     """Directed messages to one executor that change what it serves. Permissions keep everybody else out of `admin`."""
-    return f"narsil.v1.admin.executor.{actor}"
+    return f"{ADMIN}.executor.{actor}"
 
 
 def reserved(reply: str) -> bool:

@@ -115,12 +115,14 @@ def ask_http(port: int, method: str, path: str, body: Any = None, **headers: str
 class Producer:
     """A NATS client that knows nothing of us: nats-py, asked from ordinary code."""
 
-    def __init__(self, url: str) -> None:
+    def __init__(self, url: str, **login: Any) -> None:
+        """`login`: further arguments for nats-py."""
         self._url = url
+        self._login = login
         self._loop = asyncio.new_event_loop()
 
     def __enter__(self) -> Self:
-        self.nats = self._do(nats.connect(self._url, connect_timeout=5, allow_reconnect=False))
+        self.nats = self._do(nats.connect(self._url, connect_timeout=5, allow_reconnect=False, **self._login))
         return self
 
     def __exit__(self, *error: object) -> None:

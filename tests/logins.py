@@ -13,6 +13,9 @@ import nkeys
 import pytest
 from nkeys import KeyPair
 
+from narsil_stream.core.broker_init import CONFIG, init
+from narsil_stream.core.config import NatsConfig
+
 
 class Login(NamedTuple):
     """Settings of `nats` by name. `server` is text for the configuration of nats-server."""
@@ -78,6 +81,13 @@ def mutual_tls(folder: Path) -> Login:
     wrong = {"tls_ca": f"{folder}/ca.pem"}
     good = wrong | {"tls_cert": f"{folder}/client.pem", "tls_key": f"{folder}/client.key"}
     return Login(server, good, wrong)
+
+
+def role(folder: Path, name: str = "serve") -> Login:
+    """As `narsil broker --init` makes it; wrong is who may only publish requests."""
+    users = {user.name: user for user in init(folder / "nats", NatsConfig(), {"right": name, "wrong": "producer"})}
+    good, wrong = ({"nkey_seed_file": str(users[which].seed_file)} for which in ("right", "wrong"))
+    return Login((folder / "nats" / CONFIG).read_text(), good, wrong)
 
 
 SECRETS: dict[str, Callable[[Path], Login]] = {

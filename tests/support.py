@@ -10,7 +10,7 @@ import sys
 import tempfile
 import threading
 import time
-from collections.abc import Callable, Coroutine
+from collections.abc import Callable, Coroutine, Mapping
 from concurrent.futures import Future
 from contextlib import AsyncExitStack
 from functools import partial
@@ -103,6 +103,11 @@ class NatsServer:
         return self._process
 
     @property
+    def log(self) -> str:
+        """What it has said so far."""
+        return Path(self._log).read_text()
+
+    @property
     def _log(self) -> str:
         return str(Path(self._folder.name) / "log")
 
@@ -121,7 +126,8 @@ class System:
 
     Entered once a client sees every model. Executors, batchers, HTTP and gRPC gateways (on ports of their own) have
     connections of their own, as in processes of their own, so that all messages cross the broker; in mode inline they
-    share one. `config` sets everything but the addresses. `loader` is what loads a model's backend.
+    share one. `config` sets everything but the addresses. `loader` is what loads a model's backend. `seeds` are files
+    of nkeys by kind of actor, and "client" for who waits until all is served.
     """
 
     KINDS: ClassVar = {"executor": Executor, "batcher": Batcher, "gateway": HttpGateway, "grpc": GrpcGateway}
@@ -136,6 +142,7 @@ class System:
         gateways: int = 0,
         grpc_gateways: int = 0,
         loader: Loader = reference.load,
+        seeds: Mapping[str, Path] | None = None,
     ) -> None:
         self.url = url
         config = config or Config()
@@ -144,6 +151,7 @@ class System:
         self.runtimes: dict[str, list[Runtime]] = {kind: [] for kind in self.KINDS}
         """By kind of actor; in mode inline all hold the same one."""
         self._models = models
+        self._seeds = seeds or {}
         self._loader = loader
         self._counts = {"executor": executors, "batcher": batchers, "gateway": gateways, "grpc": grpc_gateways}
         self._loop = uvloop.new_event_loop()
@@ -202,7 +210,8 @@ class System:
             shared: Runtime | None = None
             for kind, count in self._counts.items():
                 for _ in range(count):
-                    runtime = shared or await stack.enter_async_context(Runtime(self.config, kind))
+                    config = replace(self.config, nats=self._login(kind))
+                    runtime = shared or await stack.enter_async_context(Runtime(config, kind))
                     shared = runtime if self.config.mode == "inline" else None
                     await runtime.start(partial(self._build, kind, runtime.bus))
                     self.runtimes[kind].append(runtime)
@@ -220,9 +229,12 @@ class System:
         folder = self.config.model_repository
         return Executor(self.config, bus, Repository(self._models, Path(folder) if folder else None), self._loader)
 
+    def _login(self, kind: str) -> NatsConfig:
+        return replace(self.config.nats, nkey_seed_file=str(self._seeds.get(kind, "")))
+
     async def _wait_served(self) -> None:
         wanted = {(spec.name, spec.version) for spec in map(read_spec, self._models)}
-        async with asyncio.timeout(PATIENCE_S), Client(self.config.nats) as client:
+        async with asyncio.timeout(PATIENCE_S), Client(self._login("client")) as client:
             while not wanted <= {(ref.name, ref.version) for ref in client.models()}:  # noqa: ASYNC110 no signal
                 await asyncio.sleep(0.005)
 

@@ -84,6 +84,13 @@ def test_every_command_that_a_document_names_exists(document: str):
     assert [f"{tool} {name}" for tool, name in named.findall(code) if name not in known[tool]] == []
 
 
+@pytest.mark.parametrize("document", DOCUMENTS)
+def test_every_test_that_a_document_names_exists(document: str):
+    """A promise with a test that is gone is a promise without one."""
+    named = re.findall(r"`(tests/[\w/.]+)`", (ROOT / document).read_text())
+    assert [path for path in named if not (ROOT / path).exists()] == []
+
+
 @needs_make
 def test_make_alone_lists_every_target():
     """Targets that nobody can find are written a second time."""

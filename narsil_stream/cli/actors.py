@@ -1,4 +1,4 @@
-"""`narsil broker|gateway|batcher|executor`: one part of the system, against any NATS server."""
+"""`narsil gateway|batcher|executor`: one part of the system, against any NATS server."""
 
 import contextlib
 import os
@@ -38,26 +38,7 @@ parent = click.option(
 
 
 @click.command()
-@config_options(
-    "nats.host", "nats.port", "nats.user", "nats.password", "nats.token", "nats.max_payload_bytes", "data_dir"
-)
-def broker(loaded: Loaded) -> None:
-    """Run a NATS broker: the nats-server binary that is installed with this package, with fitting limits.
-
-    Example: narsil broker --nats-host 0.0.0.0 --nats-user narsil --nats-password secret
-    """
-    from narsil_stream.core import broker as own
-
-    try:
-        nats = own.resolve(loaded.config.nats)
-        command = own.command(loaded.config.data_dir, nats)
-    except (PortTaken, OSError) as error:
-        raise click.ClickException(str(error)) from None
-    os.execv(command[0], command)  # signals, logs and the exit status are nats-server's own
-
-
-@click.command()
-@config_options()
+@config_options(doors=("http", "grpc", "metrics"))
 @click.option(
     "--door",
     type=click.Choice(("http", "grpc", "both")),
@@ -72,7 +53,7 @@ def gateway(loaded: Loaded, door: str, share_port: bool, token: str) -> None:
 
     With `--mode inline` a batcher and an executor run in the same process.
 
-    Example: narsil gateway --nats-url nats://broker:4222 --http-host 0.0.0.0 --grpc-host 0.0.0.0
+    Example: narsil gateway --nats-url nats://broker:4222 --http-host 0.0.0.0 --access-tokens-file tokens
     """
     inline = loaded.config.mode == "inline"
     if inline:
@@ -92,7 +73,7 @@ def gateway(loaded: Loaded, door: str, share_port: bool, token: str) -> None:
 
 
 @click.command()
-@config_options("mode", "nats", "batch", "timing", "metrics")
+@config_options("mode", "nats", "batch", "timing", "metrics", "insecure", doors=("metrics",))
 @parent
 def batcher(loaded: Loaded, token: str) -> None:
     """Run a batcher: it coalesces requests into batches, by deadline, for the executors.
@@ -103,7 +84,19 @@ def batcher(loaded: Loaded, token: str) -> None:
 
 
 @click.command()
-@config_options(*MODELS, "backend", "nats", "executor", "timing", "metrics", "batch.max_rows", "data_dir")
+@config_options(
+    *MODELS,
+    "backend",
+    "precision",
+    "nats",
+    "executor",
+    "timing",
+    "metrics",
+    "batch.max_rows",
+    "data_dir",
+    "insecure",
+    doors=("metrics",),
+)
 @parent
 def executor(loaded: Loaded, token: str) -> None:
     """Run an executor: it loads models and computes batches.
@@ -142,8 +135,8 @@ async def _start_executor(runtime: Runtime) -> None:
     from narsil_stream.kernels import families
 
     config = runtime.config
-    choice, artifacts = families.choose(config.backend), repository(config)
-    await runtime.start(lambda: Executor(config, runtime.bus, artifacts, choice.load))
+    loader, artifacts = families.loader(config.backend, config.precision), repository(config)
+    await runtime.start(lambda: Executor(config, runtime.bus, artifacts, loader))
 
 
 def repository(config: Config) -> "Repository":
@@ -212,10 +205,11 @@ def _run(loaded: Loaded, role: str, start: Start, token: str) -> None:
                 return await runtime.until_stopped(watch_stdin=bool(token))
 
     from narsil_stream.kernels.artifact import ArtifactError
+    from narsil_stream.kernels.families import Unfit
 
     try:
         code = uvloop.run(life())
-    except ArtifactError as error:
+    except (ArtifactError, Unfit) as error:
         raise Hopeless(str(error)) from None
     except PortTaken as error:
         raise click.ClickException(str(error)) from None

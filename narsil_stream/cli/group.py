@@ -21,13 +21,15 @@ class Entry(NamedTuple):
 
 COMMANDS = (
     Entry("Run", "serve", "narsil_stream.cli.serve:serve", "Run the whole pipeline on this machine."),
-    Entry("Run one part", "broker", "narsil_stream.cli.actors:broker", "Run a NATS broker."),
+    Entry("Run one part", "broker", "narsil_stream.cli.broker:broker", "Run a NATS broker."),
     Entry("Run one part", "gateway", "narsil_stream.cli.actors:gateway", "Run a gateway: HTTP, gRPC, or both."),
     Entry("Run one part", "batcher", "narsil_stream.cli.actors:batcher", "Run a batcher."),
     Entry("Run one part", "executor", "narsil_stream.cli.actors:executor", "Run an executor: it holds a model."),
     Entry("Use", "model", "narsil_stream.cli.model:model", "Make, inspect and check model artifacts."),
     Entry("Use", "score", "narsil_stream.cli.score:score", "Score rows of a file."),
     Entry("Use", "request", "narsil_stream.cli.request:request", "Send one request and print the answer."),
+    Entry("Use", "token", "narsil_stream.cli.token:token", "Make a bearer token for the gateways."),
+    Entry("Use", "bench", "narsil_stream.cli.bench:bench", "Measure how fast this machine computes."),
     Entry("Use", "config", "narsil_stream.cli.config:config", "Show the effective configuration."),
 )
 

@@ -8,7 +8,7 @@ from typing import Any, NoReturn
 
 import rich_click as click
 
-from narsil_stream.core.config import ConfigError, load
+from narsil_stream.core.config import ConfigError, check_doors, load
 from narsil_stream.core.config.settings import GENERAL, Setting, sections, settings
 from narsil_stream.core.config.sources import CONFIG_VARIABLE
 
@@ -24,12 +24,13 @@ class SettingOption(click.RichOption):
         return None
 
 
-def config_options(*names: str) -> Callable[[Command], Command]:
+def config_options(*names: str, doors: tuple[str, ...] = ()) -> Callable[[Command], Command]:
     """Give a command `--config FILE` and a flag for each setting of `names`; it gets one `Loaded` as first argument.
 
     `names` are sections ("http") and single settings ("mode", "nats.url"); none at all stands for everything.
     `--log-level` and `--log-format` are always there. Settings without a flag here still come from variables and
-    the file. A configuration that cannot be used ends the command with status 2 and the reason on stderr.
+    the file. A configuration that cannot be used ends the command with status 2 and the reason on stderr. `doors` are
+    the sections whose ports the command opens: those must not let in whoever reaches them.
     """
     chosen = list(_chosen(names))
 
@@ -39,6 +40,7 @@ def config_options(*names: str) -> Callable[[Command], Command]:
             flags = {setting.key: params.pop(_parameter(setting)) for setting in chosen}
             try:
                 loaded = load(config_file, os.environ, flags)
+                check_doors(loaded, *doors)
             except ConfigError as error:
                 fail(str(error))
             return command(loaded, *args, **params)
@@ -88,12 +90,28 @@ def _config_file(command: Command) -> Command:
 
 def _option(setting: Setting) -> Callable[[Command], Command]:
     """Numbers stay text here: `load` converts them, and refuses them in the same words as those of a file."""
+    if setting.base is bool:
+        return _switch(setting)
     return click.option(
         setting.flag,
         _parameter(setting),
         cls=SettingOption,
         type=click.Choice(setting.choices) if setting.choices else click.STRING,
         metavar=_metavar(setting),
+        envvar=setting.variable,
+        show_envvar=True,
+        panel=setting.panel,
+        help=_help(setting),
+    )
+
+
+def _switch(setting: Setting) -> Callable[[Command], Command]:
+    """`--x` and `--no-x`: a flag must be able to overrule a variable both ways."""
+    return click.option(
+        f"{setting.flag}/--no-{setting.flag.removeprefix('--')}",
+        _parameter(setting),
+        cls=SettingOption,
+        default=None,
         envvar=setting.variable,
         show_envvar=True,
         panel=setting.panel,

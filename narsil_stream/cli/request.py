@@ -3,7 +3,6 @@
 import asyncio
 import functools
 import re
-import secrets
 import sys
 from typing import BinaryIO
 
@@ -89,7 +88,7 @@ async def _ask(nats: NatsConfig, subject: str, payload: bytes, timeout_s: float)
     bus = Bus(nats, "narsil-request")
     await bus.connect(CONNECT_S)
     answered: asyncio.Future[Msg] = asyncio.get_running_loop().create_future()
-    inbox = f"_INBOX.{secrets.token_hex(11)}"
+    inbox = bus.new_inbox()
     try:
         await bus.subscribe(inbox, lambda message: None if answered.done() else answered.set_result(message))
         bus.publish(subject, payload, reply=inbox)

@@ -24,7 +24,7 @@ if TYPE_CHECKING:
 
 
 @click.command()
-@config_options()
+@config_options(doors=("http", "grpc", "metrics", "nats"))
 def serve(loaded: Loaded) -> None:
     """Run the whole pipeline on this machine: broker, HTTP and gRPC gateway, batcher, executor, each a process.
 
@@ -107,9 +107,11 @@ def examples(config: Config, card: ModelCard) -> list[str]:
     url = config.nats.url or f"nats://{address(config.nats.host, config.nats.port)}"
     known = _login_in_url(config) or url == "nats://127.0.0.1:4222"
     flag = "" if known else f" --nats-url {shlex.quote(url)}"
-    http = shlex.quote(f"http://{address(config.http.host, config.http.port)}/v2/models/{name}/infer")
+    scheme = "https" if config.access.tls_cert else "http"
+    http = shlex.quote(f"{scheme}://{address(config.http.host, config.http.port)}/v2/models/{name}/infer")
+    token = ' -H "authorization: Bearer $TOKEN"' if config.access.tokens_file else ""
     return [
-        *([f"curl -s {http} -d '{body}'"] if config.http.processes else []),
+        *([f"curl -s{token} {http} -d '{body}'"] if config.http.processes else []),
         f"printf '%s' '{body}' | {_narsil()} request{flag} --model {name}",
         _raw_nats(config, url, subjects.infer(name), body),
     ]
@@ -169,7 +171,16 @@ def _login(config: Config) -> list[str]:
     }
     given = {name: argument for name, argument in names.items() if getattr(config.nats, name)}
     login = [f'{argument}=os.environ["{settings()[f"nats.{name}"].variable}"]' for name, argument in given.items()]
+    if seed := config.nats.nkey_seed_file:
+        login.append(f'inbox_prefix="{subjects.inbox(_public(seed))}"')
     return [*login, "tls=tls"] if _tls(config) else login
+
+
+def _public(seed_file: str) -> str:
+    """The public nkey of a seed: a broker may keep other inboxes from this user."""
+    import nkeys
+
+    return str(nkeys.from_seed(bytearray(Path(seed_file).read_bytes().strip())).public_key.decode())
 
 
 def _narsil() -> str:

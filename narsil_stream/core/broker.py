@@ -50,14 +50,9 @@ def resolve(config: NatsConfig) -> NatsConfig:
     return replace(config, port=free_port(config.host, config.port, "nats.port"))
 
 
-def write_config(folder: Path, config: NatsConfig) -> Path:
-    """Write `nats-server-PORT.conf` for `config` (host, port, limits, user or token) into `folder`, for its owner only.
-
-    The file may hold a password, so it does not outlive its use: it is deleted when this process ends. A process that
-    becomes nats-server, or is killed, cannot do that; then the next one to write here does. A lock, which this process
-    keeps and hands to what it becomes, tells which files are in use.
-    """
-    lines = [
+def limits(config: NatsConfig) -> list[str]:
+    """Lines of nats-server's configuration: where it listens, and how much it takes."""
+    return [
         f"listen: {quoted(address(config.host, config.port))}",
         f"server_name: narsil-{config.port}",
         f"max_payload: {config.max_payload_bytes}",
@@ -65,6 +60,16 @@ def write_config(folder: Path, config: NatsConfig) -> Path:
         'write_deadline: "10s"',
         'ping_interval: "5s"',
     ]
+
+
+def write_config(folder: Path, config: NatsConfig) -> Path:
+    """Write `nats-server-PORT.conf` for `config` (host, port, limits, user or token) into `folder`, for its owner only.
+
+    The file may hold a password, so it does not outlive its use: it is deleted when this process ends. A process that
+    becomes nats-server, or is killed, cannot do that; then the next one to write here does. A lock, which this process
+    keeps and hands to what it becomes, tells which files are in use.
+    """
+    lines = limits(config)
     if config.token:
         lines.append(f"authorization: {{ token: {quoted(config.token)} }}")
     elif config.user:

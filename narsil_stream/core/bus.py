@@ -5,8 +5,11 @@ live connection, never delivered: only an answer says that.
 """
 
 import asyncio
+import base64
 import contextlib
+import json
 import logging
+import secrets
 import ssl
 from collections import deque
 from collections.abc import Callable, Coroutine
@@ -24,6 +27,7 @@ from narsil_stream.core.config.rules import FILES, unreadable
 from narsil_stream.core.config.settings import without_login
 from narsil_stream.core.parser import Parser
 from narsil_stream.core.ports import address
+from narsil_stream.schemas import subjects
 from narsil_stream.schemas.errors import Fault, Refused
 
 log = logging.getLogger(__name__)
@@ -77,6 +81,7 @@ class Bus:
         self.closed = asyncio.Event()
         """Set when the client gave up for good, e.g. for refused credentials."""
         self._dropped = 0
+        self._inboxes = subjects.inbox()
 
     async def connect(self, timeout: float = 10.0) -> None:
         """Connect, trying for `timeout` seconds. Raises `Refused`, with the reason.
@@ -93,6 +98,8 @@ class Bus:
                 raise
             key = "nats.nkey_seed_file" if self._config.nkey_seed_file else "nats.creds_file"
             raise _unusable(key, seed, error) from None
+        self._inboxes = subjects.inbox(self._user())
+        self._nats._inbox_prefix = bytearray(self._inboxes.encode())
         self._sender = asyncio.create_task(self._send_all(), name="bus sender")
 
     @property
@@ -103,6 +110,13 @@ class Bus:
     @property
     def _address(self) -> str:
         return self._config.url or f"nats://{address(self._config.host, self._config.port)}"
+
+    def new_inbox(self, kind: str = "") -> str:
+        """A subject for answers that nobody can guess, and that a broker can keep for this login. Once connected.
+
+        `kind` becomes a part of its name, by which a broker can tell who may answer.
+        """
+        return ".".join(filter(None, (self._inboxes, kind, secrets.token_hex(8))))
 
     @property
     def connected(self) -> bool:
@@ -384,9 +398,18 @@ class Bus:
                 ) from None
         return context
 
+    def _user(self) -> str:
+        """The public nkey that this login has shown, "" if it is none."""
+        if not self._config.creds_file:
+            return self._nats._public_nkey or ""
+        claims = bytes(self._nats._user_jwt_cb()).split(b".")[1]
+        return str(json.loads(base64.urlsafe_b64decode(claims + b"=="))["sub"])
+
     async def _on_error(self, error: Exception) -> None:
         if isinstance(error, nats.errors.SlowConsumerError):
             self._dropped += 1
+        elif "permissions violation" in str(error).lower():
+            log.error("the broker does not allow this login what it needs: %s", error)
         else:
             log.info("NATS: %s", error or type(error).__name__)
 

@@ -6,7 +6,6 @@ Every executor that is alive is asked on a subject of its own, and answers when 
 import asyncio
 import itertools
 import logging
-import secrets
 from dataclasses import dataclass, field
 from typing import Literal
 
@@ -51,7 +50,7 @@ class Repository:
     def __init__(self, config: Config, bus: Bus) -> None:
         self._bus = bus
         self._timing = config.timing
-        self._inbox = f"{subjects.INBOX}.{secrets.token_hex(8)}"
+        self._inbox = ""
         self._peers: dict[str, Peer] = {}
         self._slots = itertools.count()
         self._opening: asyncio.Task[None] | None = None
@@ -103,6 +102,7 @@ class Repository:
         await asyncio.shield(self._opening)
 
     async def _open(self) -> None:
+        self._inbox = self._bus.new_inbox(subjects.DONE)
         await self._bus.listen(self._inbox, self._on_done, _decode_done, owner=self)
         await self._bus.listen(subjects.EXECUTOR_BEAT, self._on_beat, _decode_beat, owner=self)
         await self._bus.flush()

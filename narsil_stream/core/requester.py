@@ -8,7 +8,6 @@ import asyncio
 import contextlib
 import itertools
 import logging
-import secrets
 from collections import defaultdict
 from collections.abc import Callable
 from dataclasses import dataclass, field
@@ -79,7 +78,7 @@ class Requester:
         self._bus = bus
         self._limits = config.batch
         self._check_every = config.timing.beat_ms / 1e3
-        self._inbox = f"{subjects.INBOX}.{secrets.token_hex(8)}"
+        self._inbox = ""
         self._peers: dict[str, Peer] = {}
         self._pending: dict[int, Pending] = {}
         self._slots = itertools.count()
@@ -97,6 +96,7 @@ class Requester:
     # Life
 
     async def start(self) -> None:
+        self._inbox = self._bus.new_inbox()
         await self._bus.listen(self._inbox, self._on_answers, _decode_answers, owner=self)
         await self._bus.listen(subjects.BATCHER_BEAT, self._on_beat, _decode_beat, owner=self)
         self._bus.on_lost.append(self._on_lost)
@@ -224,7 +224,7 @@ class Requester:
         return [peer for peer in self._peers.values() if peer.up and self._reachable(peer)]
 
     def _reachable(self, peer: Peer) -> bool:
-        return self._bus.connected or self._bus.is_local(subjects.batcher(peer.id))
+        return self._bus.connected or self._bus.is_local(subjects.ask(peer.id))
 
     def _send_outgoing(self) -> None:
         outgoing, self._outgoing = self._outgoing, defaultdict(list)
@@ -250,7 +250,7 @@ class Requester:
             )) for p in bundle
         )  # fmt: skip
         try:
-            self._bus.send(subjects.batcher(batcher), Bundle(self._inbox, asks))
+            self._bus.send(subjects.ask(batcher), Bundle(self._inbox, asks))
         except Refused as refused:
             if refused.fault is Fault.TOO_LARGE and len(bundle) > 1:
                 middle = len(bundle) // 2
@@ -288,7 +288,7 @@ class Requester:
             return
         self._end(pending)
         try:
-            self._bus.send(subjects.batcher(pending.batcher), Cancel(self._inbox, (pending.slot,)))
+            self._bus.send(subjects.ask(pending.batcher), Cancel(self._inbox, (pending.slot,)))
         except Refused:
             log.debug("a cancel was not sent: the batcher will find out by the deadline")
 
@@ -364,7 +364,7 @@ class Requester:
 
     def _on_lost(self) -> None:
         """The connection broke: requests and answers on their way may be lost, so the callers are told now."""
-        for peer in [p for p in self._peers.values() if not self._bus.is_local(subjects.batcher(p.id))]:
+        for peer in [p for p in self._peers.values() if not self._bus.is_local(subjects.ask(p.id))]:
             del self._peers[peer.id]
             for slot in peer.open:
                 pending = self._pending.get(slot)

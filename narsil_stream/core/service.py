@@ -24,6 +24,16 @@ from narsil_stream.core.bus import Bus
 PREFIX = "$SRV"
 
 
+def controls(verb: ServiceVerb, kind: str, actor: str) -> tuple[str, str, str]:
+    """The subjects on which an actor is asked `verb`: together with all services, with its kind, and alone."""
+    name = f"narsil-{kind}"
+    return (
+        control_subject(verb, prefix=PREFIX),
+        control_subject(verb, name, prefix=PREFIX),
+        control_subject(verb, name, actor, PREFIX),
+    )
+
+
 class ServiceApi:
     """Answers PING, INFO and STATS for one actor. All of a kind share a service name, e.g. `narsil-batcher`."""
 
@@ -34,9 +44,7 @@ class ServiceApi:
         self._started = datetime.now(UTC).replace(tzinfo=None)
         answers = {ServiceVerb.PING: self._ping, ServiceVerb.INFO: self._info, ServiceVerb.STATS: self._stats}
         self._answers: dict[str, Callable[[], dict[str, Any]]] = {
-            control_subject(verb, name, of, PREFIX): answer
-            for verb, answer in answers.items()
-            for name, of in ((None, None), (self._identity["name"], None), (self._identity["name"], actor))
+            subject: answer for verb, answer in answers.items() for subject in controls(verb, kind, actor)
         }
 
     async def start(self) -> None:

@@ -253,7 +253,7 @@ def test_random_bytes_are_answered_with_an_error_and_the_next_request_with_score
 def test_random_bytes_between_actors_stop_none_of_them(shared_system: System, rows: Rows) -> None:
     """These subjects are not for the public, but a broker without permissions lets everybody publish there."""
     inner = [subjects.BATCHER_BEAT, subjects.EXECUTOR_BEAT, subjects.HELLO, subjects.REPORT]
-    for kind, name in (("batcher", subjects.batcher), ("executor", subjects.executor)):
+    for kind, name in (("batcher", subjects.ask), ("batcher", subjects.batcher), ("executor", subjects.executor)):
         for actor in shared_system.actors(kind):
             inner += [name(actor.name), subjects.describe(actor.name)]
     hostile = [b"", b"\xff", b"{}", b"\x93\x01\xa1x\x90", b"\x91" * 5_000, b"\x98\x06", b"\x94\x03\xa0\x91\x01\x90"]

@@ -56,10 +56,10 @@ def test_the_commands_work_on_our_own_broker(kind: str, tmp_path: Path, criteo_m
         check(serve, OWN[kind], logins.environ(OWN[kind]))
 
 
-@pytest.mark.parametrize("kind", ["nkey", "creds", "tls", "mutual tls"])
+@pytest.mark.parametrize("kind", ["nkey", "creds", "tls", "mutual tls", "role"])
 def test_the_commands_work_on_a_broker_with_a_login(kind: str, tmp_path: Path, criteo_model: Path):
     """Each way to log in is an option of its own for nats-py."""
-    login = (logins.SECRETS | logins.TLS)[kind](tmp_path)
+    login = (logins.SECRETS | logins.TLS | {"role": logins.role})[kind](tmp_path)
     with (
         NatsServer(*login.options(tmp_path)) as server,
         Serve(criteo_model, tmp_path, "--nats-url", server.url, *flags(login.good)) as serve,

@@ -37,7 +37,7 @@ class Puppet:
 
     async def start(self) -> None:
         decode = msgspec.msgpack.Decoder(Bundle | Cancel).decode
-        await self._bus.listen(subjects.batcher(self.name), self._take, decode)
+        await self._bus.listen(subjects.ask(self.name), self._take, decode)
         await self._bus.flush()
         self._beating = asyncio.create_task(self._beat_forever())
 

@@ -14,6 +14,7 @@ import numpy as np
 import uvloop
 
 from narsil_stream.core.client import Client
+from narsil_stream.core.config import NatsConfig
 from narsil_stream.kernels.artifact import read_spec
 from narsil_stream.kernels.init import random_batch
 from narsil_stream.schemas.errors import Refused, named
@@ -36,7 +37,7 @@ class Traffic:
         model: Path,
         *,
         http: int = 0,
-        nats: str = "",
+        nats: str | NatsConfig = "",
         callers: int = 16,
         retry: bool = False,
         other: Path | None = None,

@@ -19,6 +19,7 @@ from narsil_stream.schemas.codec import Spelling
 from narsil_stream.schemas.internal import (
     Answers,
     Ask,
+    Asking,
     Batch,
     BatcherBeat,
     Bundle,
@@ -39,7 +40,7 @@ from narsil_stream.schemas.internal import (
     ToExecutor,
     ToRepository,
 )
-from narsil_stream.schemas.model import Architecture, ModelSpec, Preprocessing, Table
+from narsil_stream.schemas.model import DlrmDot, ModelSpec, Preprocessing, Table
 from narsil_stream.schemas.oip import (
     BatchStatistics,
     Duration,
@@ -123,7 +124,7 @@ BATCH = Batch(
 )
 SPEC = ModelSpec(
     name="dlrm",
-    architecture=Architecture(dense=13, dim=4, bottom=(8, 4), top=(8, 1)),
+    architecture=DlrmDot(dense=13, dim=4, bottom=(8, 4), top=(8, 1)),
     tables=tuple(Table(name=f"C{i}", rows=10 * i, dtype="INT8" if i % 2 else "FP32") for i in range(1, 27)),
     files={"weights.safetensors": "ab" * 32},
     version="7",
@@ -150,7 +151,7 @@ def between_actors() -> dict[str, Sample]:
     return {
         f"{name}.bin": Sample(lambda value=value: msgspec.msgpack.encode(value), reader(kind), value)
         for kind, values in {
-            ToBatcher: {
+            Asking: {
                 "bundle": Bundle(
                     reply="_INBOX.narsil.0011223344556677",
                     asks=(
@@ -159,6 +160,8 @@ def between_actors() -> dict[str, Sample]:
                     ),
                 ),
                 "cancel": Cancel(reply="_INBOX.narsil.0011223344556677", slots=(0, 2**40)),
+            },
+            ToBatcher: {
                 "result": Result(
                     batch=70_000,
                     executor="executor-1",

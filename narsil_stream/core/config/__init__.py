@@ -1,5 +1,6 @@
 """Configuration: one schema, four sources (flag > environment > TOML file > default), checked once at start."""
 
+from narsil_stream.core.config.access import AccessConfig
 from narsil_stream.core.config.schema import (
     BatchConfig,
     Config,
@@ -10,9 +11,10 @@ from narsil_stream.core.config.schema import (
     NatsConfig,
     TimingConfig,
 )
-from narsil_stream.core.config.sources import ConfigError, Loaded, child_environ, load, to_environ
+from narsil_stream.core.config.sources import ConfigError, Loaded, check_doors, child_environ, load, to_environ
 
 __all__ = [
+    "AccessConfig",
     "BatchConfig",
     "Config",
     "ConfigError",
@@ -23,6 +25,7 @@ __all__ = [
     "MetricsConfig",
     "NatsConfig",
     "TimingConfig",
+    "check_doors",
     "child_environ",
     "load",
     "to_environ",

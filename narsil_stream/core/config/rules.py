@@ -4,6 +4,7 @@ import re
 from collections.abc import Iterator
 from pathlib import Path
 
+from narsil_stream.core.config.access import AccessConfig
 from narsil_stream.core.config.schema import Config, NatsConfig
 from narsil_stream.schemas.model import NAME
 
@@ -26,6 +27,7 @@ def broken(config: Config) -> Iterator[Broken]:
     yield from _address(config.nats)
     yield from _hash(config.nats)
     yield from _files(config.nats)
+    yield from _pair(config.access)
 
 
 def _timing(config: Config) -> Iterator[Broken]:
@@ -112,6 +114,14 @@ def _files(nats: NatsConfig) -> Iterator[Broken]:
         path = getattr(nats, key.removeprefix("nats."))
         if path and (reason := unreadable(path)):
             yield f"this file cannot be read ({reason})", (key,)
+
+
+def _pair(access: AccessConfig) -> Iterator[Broken]:
+    if bool(access.tls_cert) != bool(access.tls_key):
+        yield "a certificate needs its private key, and a key its certificate", ("access.tls_cert", "access.tls_key")
+    if access.tls_client_ca and not access.tls_cert:
+        keys = ("access.tls_client_ca", "access.tls_cert")
+        yield "client certificates are asked for in TLS, which needs a certificate of the server's own", keys
 
 
 def unreadable(path: str) -> str:

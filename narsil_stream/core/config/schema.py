@@ -11,9 +11,12 @@ from typing import Annotated, Any, Literal
 
 from msgspec import Meta, Struct, field
 
+from narsil_stream.core.config.access import AccessConfig
+
 Mode = Literal["batch", "worker", "inline"]
 ModelControl = Literal["none", "explicit"]
-BackendName = Literal["auto", "reference"]
+BackendName = Literal["auto", "native", "torch", "reference"]
+PrecisionName = Literal["auto", "fp32", "bf16", "fp16", "int8"]
 LogLevel = Literal["debug", "info", "warning", "error"]
 LogFormat = Literal["text", "json"]
 
@@ -50,7 +53,7 @@ class HttpConfig(Struct, frozen=True, forbid_unknown_fields=True):
         Host,
         Meta(
             description="Address that the HTTP gateway listens on. 127.0.0.1: this machine only; 0.0.0.0: every "
-            "interface, and whoever reaches it may send requests."
+            "interface, which needs access.tokens_file, access.tls_client_ca or --insecure."
         ),
     ] = "127.0.0.1"
     port: Annotated[Port, Meta(description="TCP port of the HTTP gateway. 0: any free port.")] = 8000
@@ -88,7 +91,7 @@ class GrpcConfig(Struct, frozen=True, forbid_unknown_fields=True):
         Host,
         Meta(
             description="Address that the gRPC gateway listens on. 127.0.0.1: this machine only; 0.0.0.0: every "
-            "interface, and whoever reaches it may send requests."
+            "interface, which needs access.tokens_file, access.tls_client_ca or --insecure."
         ),
     ] = "127.0.0.1"
     port: Annotated[Port, Meta(description="TCP port of the gRPC gateway. 0: any free port.")] = 8001
@@ -132,7 +135,10 @@ class MetricsConfig(Struct, frozen=True, forbid_unknown_fields=True):
 
     host: Annotated[
         Host,
-        Meta(description="Address that the Prometheus metrics are served on. 127.0.0.1: this machine only."),
+        Meta(
+            description="Address that the Prometheus metrics are served on, to whoever asks. 127.0.0.1: this machine "
+            "only; others need --insecure."
+        ),
     ] = "127.0.0.1"
     port: Annotated[Port, Meta(description="TCP port of the Prometheus metrics. 0: any free port.")] = 8002
 
@@ -147,9 +153,13 @@ class NatsConfig(Struct, frozen=True, forbid_unknown_fields=True):
             'cluster are separated by commas. "": `narsil serve` starts one, others use nats.host and nats.port.'
         ),
     ] = ""
-    host: Annotated[Host, Meta(description="Address that our own broker listens on. 127.0.0.1: this machine only.")] = (
-        "127.0.0.1"
-    )
+    host: Annotated[
+        Host,
+        Meta(
+            description="Address that our own broker listens on. 127.0.0.1: this machine only; others need a login "
+            "(nats.user, nats.token, `narsil broker --init`) or --insecure."
+        ),
+    ] = "127.0.0.1"
     port: Annotated[Port, Meta(description="TCP port of our own broker. 0: any free port.")] = 4222
     user: Annotated[str, Meta(description='User name at the broker. "": none.')] = ""
     password: Annotated[
@@ -421,14 +431,33 @@ class Config(Struct, frozen=True, forbid_unknown_fields=True):
     ] = field(default_factory=lambda: default_data_dir(os.environ))
     backend: Annotated[
         BackendName,
-        Meta(description="What computes the scores. auto: the fastest that runs here; reference: NumPy."),
+        Meta(
+            description="What computes the scores. auto: native on a GPU with CuPy, else torch where its locked "
+            "versions are installed and pay off, else reference; native: our CUDA kernels; torch: FBGEMM's "
+            "operators, as TorchRec; reference: NumPy."
+        ),
+    ] = "auto"
+    precision: Annotated[
+        PrecisionName,
+        Meta(
+            description="Of the arithmetic. auto: the fastest that the backend and the device have; int8: INT8 rows in "
+            "the tables, and auto for the rest. Smaller: faster, scores differ more from FP32 (docs/kernels.md)."
+        ),
     ] = "auto"
     log_level: Annotated[LogLevel, Meta(description="Least important kind of message that is logged.")] = "info"
     log_format: Annotated[
         LogFormat, Meta(description="text: lines for people; json: one object a line, for collectors.")
     ] = "text"
+    insecure: Annotated[
+        bool,
+        Meta(
+            description="Listen beyond this machine although whoever reaches the address may call. For networks where "
+            "something else decides who gets there."
+        ),
+    ] = False
     http: HttpConfig = HttpConfig()
     grpc: GrpcConfig = GrpcConfig()
+    access: AccessConfig = AccessConfig()
     metrics: MetricsConfig = MetricsConfig()
     nats: NatsConfig = NatsConfig()
     batch: BatchConfig = BatchConfig()

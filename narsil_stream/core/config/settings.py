@@ -49,7 +49,8 @@ class Setting(Struct, frozen=True):
     @property
     def shown_default(self) -> str:
         """For people, the same on every machine."""
-        return str(self.extra.get("default", self.default))
+        default = self.extra.get("default", self.default)
+        return default if isinstance(default, str) else toml_scalar(default)
 
     @property
     def panel(self) -> str:
@@ -59,13 +60,13 @@ class Setting(Struct, frozen=True):
     @property
     def meaning(self) -> str:
         """The description, with the range of a number."""
-        if self.base is str or self.choices:
+        if self.base in (str, bool) or self.choices:
             return self.description
         return f"{self.description} From {self.bound('ge')} to {self.bound('le')}."
 
     @property
     def base(self) -> Any:
-        """The plain type: int, float, str or a Literal."""
+        """The plain type: int, float, bool, str or a Literal."""
         return get_args(self.type)[0] if get_origin(self.type) is Annotated else self.type
 
     @property
@@ -83,6 +84,8 @@ class Setting(Struct, frozen=True):
             return f"one of {', '.join(self.choices)}"
         if self.base is str:
             return "text that is not empty" if self.bound("min_length") else "text"
+        if self.base is bool:
+            return "true or false"
         kind = "a whole number" if self.base is int else "a number"
         return f"{kind} from {self.bound('ge')} to {self.bound('le')}"
 
@@ -98,7 +101,9 @@ class Setting(Struct, frozen=True):
 
 
 def toml_scalar(value: object) -> str:
-    """A string or number in TOML's spelling; a JSON string is a TOML basic string, except for DEL."""
+    """A string, number or truth value in TOML's spelling; a JSON string is a TOML basic string, except for DEL."""
+    if isinstance(value, bool):
+        return "true" if value else "false"
     if isinstance(value, str):
         return msgspec.json.encode(value).decode().replace("\x7f", "\\u007f")
     return str(value)

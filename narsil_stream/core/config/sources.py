@@ -10,9 +10,10 @@ from typing import Any
 import msgspec
 from msgspec import Struct
 
-from narsil_stream.core.config.rules import broken
+from narsil_stream.core.config.doors import open_doors
+from narsil_stream.core.config.rules import Broken, broken
 from narsil_stream.core.config.schema import Config, default_data_dir, home
-from narsil_stream.core.config.settings import PREFIX, Setting, sections, settings
+from narsil_stream.core.config.settings import PREFIX, Setting, sections, settings, toml_scalar
 
 DEFAULT = "default"
 CONFIG_VARIABLE = PREFIX + "CONFIG"
@@ -79,15 +80,21 @@ def load(file: Path | None, environ: Mapping[str, str], flags: Mapping[str, obje
         raise ConfigError("\n".join(found.problems))
     values.setdefault("data_dir", default_data_dir(environ))
     loaded = Loaded(_built(values), {key: given.source for key, given in found.given.items()})
-    _check(loaded)
+    _refuse(loaded, broken(loaded.config))
     return loaded
+
+
+def check_doors(loaded: Loaded, *doors: str) -> None:
+    """Raises `ConfigError` if a door that is to be opened would let in whoever reaches it; see `doors.open_doors`."""
+    _refuse(loaded, open_doors(loaded.config, doors))
 
 
 def to_environ(config: Config) -> dict[str, str]:
     """The variables that make `load` give `config` again: those that are not defaults. They include secrets."""
     plain = Config()
     pairs = ((setting, setting.of(config)) for setting in settings().values())
-    return {setting.variable: str(value) for setting, value in pairs if value != setting.of(plain)}
+    changed = ((setting.variable, value) for setting, value in pairs if value != setting.of(plain))
+    return {variable: value if isinstance(value, str) else toml_scalar(value) for variable, value in changed}
 
 
 def child_environ(config: Config, environ: Mapping[str, str]) -> dict[str, str]:
@@ -171,11 +178,11 @@ def _built(values: Mapping[str, Any]) -> Config:
     return msgspec.convert(data, Config)
 
 
-def _check(loaded: Loaded) -> None:
+def _refuse(loaded: Loaded, rules: Iterable[Broken]) -> None:
     def told(key: str) -> str:
         return _told(settings()[key], settings()[key].of(loaded.config), loaded.source(key))
 
-    problems = [f"{sentence}: {', '.join(map(told, keys))}" for sentence, keys in broken(loaded.config)]
+    problems = [f"{sentence}: {', '.join(map(told, keys))}" for sentence, keys in rules]
     if problems:
         raise ConfigError("\n".join(problems))
 
