@@ -30,8 +30,8 @@ Models = dict[tuple[str, RowType], Artifact]
 
 @pytest.fixture(scope="session")
 def models() -> Models:
-    """Trained on 12,000 synthetic clicks, in each row type."""
-    full = {architecture: parity.trained(architecture, 12_000) for architecture in parity.ARCHITECTURES}
+    """Trained on 20,000 synthetic clicks, in each row type."""
+    full = {architecture: parity.trained(architecture, 20_000) for architecture in parity.ARCHITECTURES}
     return {(a, kind): m if kind == "FP32" else quantize(m, kind) for a, m in full.items() for kind in parity.ROWS}
 
 
