@@ -11,7 +11,7 @@ from prometheus_client import CollectorRegistry
 from narsil_stream.core.access import CHALLENGES
 from narsil_stream.core.config import Config
 from narsil_stream.core.telemetry import text
-from narsil_stream.gateways.http_body import Bodies, WhileThere
+from narsil_stream.gateways.http_body import Bodies, Problem, WhileThere
 from narsil_stream.gateways.http_codec import JSON_LENGTH, Body, decode, deflated, encode, is_msgpack
 from narsil_stream.gateways.http_documents import OPENAPI, OPENAPI_HEADERS, PAGE, PAGE_HEADERS
 from narsil_stream.gateways.http_routes import Call, Headers, Reply, Route
@@ -41,10 +41,15 @@ class Verbs:
         headers, caller = call.scope.headers, WhileThere(call.proto)
         content_type = headers.get("content-type", "")
         spelling, binary_output = Spelling.MSGPACK if is_msgpack(content_type) else Spelling.JSON, False
+        problem: Problem | None = None
 
         async def read() -> InferRequest:
-            nonlocal binary_output
-            body = await self._bodies.read(call.scope, call.proto)
+            nonlocal binary_output, problem
+            try:
+                body = await self._bodies.read(call.scope, call.proto)
+            except Problem as found:  # it counts as a refusal, and is answered as HTTP has it
+                problem = found
+                raise invalid(found.detail) from None
             request, binary_output = decode(body, spelling, headers.get(JSON_LENGTH))
             caller.watch()
             return request
@@ -56,6 +61,8 @@ class Verbs:
             if not caller.left:
                 raise
             answer = InferAnswer("", fault=Fault.CANCELLED.name, detail="the caller has left")
+        if problem is not None:
+            raise problem
         status, more = HTTPStatus.OK.value, retry_after(answer.retry_after_us)
         if answer.fault:
             status = named(answer.fault).http

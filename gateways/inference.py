@@ -3,6 +3,7 @@
 A door (HTTP, gRPC ...) only decodes, calls one of these methods and encodes what comes back.
 """
 
+import asyncio
 from collections.abc import Awaitable, Callable
 
 from prometheus_client import CollectorRegistry
@@ -82,8 +83,9 @@ class Inference:
             answer = InferAnswer(
                 request.id, fault=refused.fault.name, detail=refused.detail, retry_after_us=refused.retry_after_us
             )
-        except BaseException:
-            self._metrics.by_fault(Fault.CANCELLED.name)
+        except BaseException as error:
+            gone = isinstance(error, asyncio.CancelledError)
+            self._metrics.by_fault((Fault.CANCELLED if gone else Fault.INTERNAL).name)
             raise
         if answer.fault:
             self._metrics.by_fault(answer.fault)

@@ -148,8 +148,8 @@ PARAMETERS: dict[str, Schema] = {
     "version": {"in": "path", "required": True, "schema": NAMED, "example": "1"},
     "region": {"in": "path", "required": True, "schema": {"type": "string", "minLength": 1}, "example": "region0"},
     "Content-Encoding": {
-        "in": "header", "description": "How the body is compressed.",
-        "schema": {"type": "string", "enum": ["gzip", "deflate", "identity"]},
+        "in": "header", "description": "How the body is compressed. Empty, as identity: it is not.",
+        "schema": {"type": "string", "enum": ["gzip", "deflate", "identity", ""]},
     },
     "Accept-Encoding": {
         "in": "header",

@@ -148,15 +148,16 @@ def test_metrics_count_what_was_asked(port: int, criteo_model: Path) -> None:
     before = scrape(port)
     ask_http(port, "POST", INFER, infer_json(some_rows(criteo_model, 3)))
     ask_http(port, "POST", INFER, b"{")
+    assert ask_http(port, "POST", INFER, b"{}", **{"content-encoding": "br"}).status == 415
     after = scrape(port)
 
     def more(name: str, **labels: str) -> float:
         return metric(after, name, **labels) - metric(before, name, **labels)
 
-    assert more("narsil_requests_offered_total") == 2
+    assert more("narsil_requests_offered_total") == 3
     assert more("narsil_requests_total", outcome="answered") == 1
-    assert more("narsil_requests_total", outcome="refused") == 1
-    assert more("narsil_errors_total", fault="INVALID_ARGUMENT") == 1
+    assert more("narsil_requests_total", outcome="refused") == 2
+    assert more("narsil_errors_total", fault="INVALID_ARGUMENT") == 2
     assert more("narsil_rows_total") == 3
     assert metric(after, "narsil_ready") == 1
 
