@@ -9,7 +9,7 @@ from numpy.typing import NDArray
 
 from narsil_stream.kernels.artifact import MODEL, Artifact, ArtifactError, Slot, layout, write
 from narsil_stream.kernels.backend import RaggedBatch
-from narsil_stream.kernels.quantize import convert
+from narsil_stream.kernels.quantize import convert, quantize
 from narsil_stream.kernels.reference import Reference
 from narsil_stream.schemas.model import (
     CRITEO_SHAPE,
@@ -79,13 +79,13 @@ def criteo_spec(
 
 
 def demo_model(folder: Path) -> None:
-    """Write the model that `narsil serve` shows on a fresh machine: random weights, 17 MB, the same on every machine.
+    """Write the model that `narsil serve` shows on a fresh machine: random weights, INT8 rows, the same everywhere.
 
     Leaves an artifact that is there already: several processes may start at once. Raises ArtifactError when the folder
     holds something else or cannot be written.
     """
     try:
-        write(folder, random_model(criteo_spec(), seed=0))
+        write(folder, quantize(random_model(criteo_spec(), seed=0), "INT8"))
     except ArtifactError:
         if not (folder / MODEL).exists():
             raise
