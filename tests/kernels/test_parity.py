@@ -4,17 +4,20 @@ Limits and measures stand in `bench/parity.py`, which prints the same as a table
 """
 
 from collections.abc import Iterator
+from pathlib import Path
 
 import numpy as np
 import pytest
 
 from narsil_stream.bench import parity
+from narsil_stream.core.criteo import Parser
 from narsil_stream.kernels import torch_family
-from narsil_stream.kernels.artifact import Artifact
+from narsil_stream.kernels.artifact import Artifact, read
 from narsil_stream.kernels.backend import Backend, RaggedBatch
-from narsil_stream.kernels.init import random_batch
+from narsil_stream.kernels.init import criteo_spec, random_batch
 from narsil_stream.kernels.quantize import quantize
 from narsil_stream.kernels.reference import Reference
+from narsil_stream.kernels.train import Settings, train
 from narsil_stream.schemas.model import RowType
 
 pytest.importorskip("torch", reason="torch is not installed: nothing can be trained")
@@ -52,6 +55,13 @@ def architecture(request: pytest.FixtureRequest) -> str:
 
 @pytest.fixture
 def backend(family: parity.Family, models: Models, architecture: str, rows: RowType) -> Iterator[Backend]:
+    loaded = _load(family, models[architecture, rows])
+    yield loaded
+    loaded.unload()
+
+
+def _load(family: parity.Family, model: Artifact) -> Backend:
+    """Warmed up. Skips what this machine cannot compute."""
     if family.name.startswith("torch"):
         from narsil_stream.kernels.torch_family.devices import resolve
 
@@ -60,10 +70,9 @@ def backend(family: parity.Family, models: Models, architecture: str, rows: RowT
             resolve(family.name.split()[-1], family.precision)
         except torch_family.Unavailable as error:
             pytest.skip(str(error))
-    loaded = family.load(models[architecture, rows])
+    loaded = family.load(model)
     loaded.warm_up(2048)
-    yield loaded
-    loaded.unload()
+    return loaded
 
 
 @pytest.mark.parametrize("bags", parity.BAGS)
@@ -71,12 +80,37 @@ def test_scores_and_logits_stay_within_the_precisions_limit(
     backend: Backend, family: parity.Family, models: Models, architecture: str, rows: RowType, bags: str
 ) -> None:
     """At and around every bucket: a wrong row, column or padding is off by far more."""
-    expected, limit = models[architecture, rows], parity.LIMITS[family.precision]
+    expected, limit = models[architecture, rows], family.limit(rows)
     for size in parity.SIZES:
         batch = random_batch(expected.spec, size, seed=size, bag=parity.BAGS[bags])
         found = parity.apart(backend, expected, batch)
         assert found.score <= limit.score, f"{size} rows"
         assert found.logit <= limit.logit, f"{size} rows"
+
+
+@pytest.fixture(scope="session")
+def real_model(real_rows: Path, tmp_path_factory: pytest.TempPathFactory) -> Artifact:
+    """Trained on the 300 labelled rows, INT8: 26 tables in which most ids of other rows occur, too."""
+    folder = tmp_path_factory.mktemp("real") / "model"
+    spec = criteo_spec(rows=500, dim=16)
+    train(real_rows / "criteo_rows.tsv", folder, spec, Settings(epochs=5), lambda progress: None)
+    return quantize(read(folder), "INT8")
+
+
+def test_a_model_of_real_rows_gives_real_rows_the_same_scores(
+    family: parity.Family, real_model: Artifact, real_rows: Path
+) -> None:
+    """Real counts and categories are skewed, missing and huge as no random batch is."""
+    parsed = Parser([table.rows for table in real_model.spec.tables], labelled=False).feed(
+        (real_rows / "criteo_unlabelled_rows.tsv").read_bytes()
+    )
+    batch = RaggedBatch(parsed.dense, np.ascontiguousarray(parsed.sparse).reshape(-1))
+    loaded = _load(family, real_model)
+    found, limit = parity.apart(loaded, real_model, batch), family.limit("INT8")
+    loaded.unload()
+    assert batch.rows == 1999
+    assert found.score <= limit.score
+    assert found.logit <= limit.logit
 
 
 def test_empty_batches_and_empty_bags_are_no_exception(backend: Backend, family: parity.Family) -> None:
