@@ -18,7 +18,7 @@ BASELINE = "fbgemm-graph"
 
 
 def measure(model: Artifact, baseline: Any, sizes: tuple[int, ...], repeats: int) -> Iterator[Row]:
-    """Graphs with their copies by the device's clock, against FBGEMM's graphs without copies; then whole calls."""
+    """By the device's clock: `device` graphs without copies, as FBGEMM's; `graph` with them. `run`: whole calls."""
     for precision in _TOLERANCE:
         backend = CudaBackend(model, precision)
         backend.warm_up(max(sizes))
@@ -26,12 +26,41 @@ def measure(model: Artifact, baseline: Any, sizes: tuple[int, ...], repeats: int
         for rows in sizes:
             given = batches(model.spec, rows)
             case = f"forward/torch/cuda/{precision}/{rows}"
-            against, graph = alternate(repeats, baseline.graphs(given), _graph_us(backend, given))
+            ways = baseline.graphs(given), _device_us(backend, given), _graph_us(backend, given)
+            against, device, graph = alternate(repeats, *ways)
+            yield Row(case, "device", device, "us", BASELINE, against / device)
             yield Row(case, "graph", graph, "us", BASELINE, against / graph)
             (run,) = alternate(repeats, _run_us(backend, given))
             yield Row(case, "run", run, "us")
             yield Row(case, "throughput", rows / run, "Mrows/s")
         backend.unload()
+
+
+def _device_us(backend: CudaBackend, given: list[RaggedBatch]) -> Callable[[], float]:
+    """A graph for each batch, whose inputs lie on the device: 64 in a row."""
+    captured = []
+    pool = torch.cuda.graph_pool_handle()
+    with torch.inference_mode():
+        for batch in given:
+            packed = [torch.from_numpy(part).cuda() for part in backend.packed(batch)]
+            torch.cuda.synchronize()
+            graph = torch.cuda.CUDAGraph()
+            with torch.cuda.graph(graph, pool=pool, stream=backend.stream):
+                scores = torch.sigmoid(backend.forward(*packed))
+            captured.append((graph, packed, scores))
+
+    def measure() -> float:
+        start, stop = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
+        torch.cuda.synchronize()
+        with torch.cuda.stream(backend.stream):
+            start.record()
+            for graph, _, _ in captured:
+                graph.replay()
+            stop.record()
+        stop.synchronize()
+        return float(start.elapsed_time(stop)) * 1e3 / len(captured)
+
+    return measure
 
 
 def _graph_us(backend: CudaBackend, given: list[RaggedBatch]) -> Callable[[], float]:

@@ -26,7 +26,9 @@ Floats = NDArray[np.float32]
 
 _PIECE_ROWS = 1024
 """At most. More: fewer calls; less: less memory."""
-_SHARED_ROWS = 128
+_SHARE_ROWS = 200
+"""For each thread beyond the second: all of them meet at Python's lock between two operators."""
+_SECOND_ROWS = 128
 """Fewer rows are not worth a second thread."""
 _STEP_ROWS = 16
 """Pieces are padded to multiples: oneDNN prepares code for each number of rows, once."""
@@ -64,7 +66,7 @@ class CpuBackend:
         """What goes into the last sigmoid. out [rows]."""
         if not batch.rows:
             return np.empty(0, np.float32)
-        shares = self._threads if batch.rows >= _SHARED_ROWS else 1
+        shares = min(self._threads, max(batch.rows // _SHARE_ROWS, 2 if batch.rows >= _SECOND_ROWS else 1))
         rows = min(_PIECE_ROWS, _round_up(-(-batch.rows // shares)))
         cut = pieces(batch, rows, max_ids=np.iinfo(np.int32).max)
         return np.concatenate(self._each(lambda piece: self._logits(piece, _round_up(piece.rows))[: piece.rows], cut))

@@ -93,11 +93,18 @@ class CudaBackend:
 
     def logits(self, batch: RaggedBatch) -> NDArray[np.float32]:
         """What goes into the last sigmoid, computed without a graph. out [rows]."""
-        packed = self._packing.pack(batch, batch.rows)
         with torch.inference_mode(), torch.cuda.stream(self.stream):
-            on_device = (torch.from_numpy(part).cuda() for part in packed)
-            found: NDArray[np.float32] = self._network.logits(*on_device).cpu().numpy()
+            on_device = [torch.from_numpy(part).cuda() for part in self.packed(batch)]
+            found: NDArray[np.float32] = self.forward(*on_device).cpu().numpy()
         return found
+
+    def packed(self, batch: RaggedBatch) -> Packed:
+        """What `forward` takes, on the host."""
+        return self._packing.pack(batch, batch.rows)
+
+    def forward(self, dense: Any, values: Any, offsets: Any) -> Any:
+        """Logits [rows] FP32 on the device, enqueued on the current stream."""
+        return self._network.logits(dense, values, offsets)
 
     def unload(self) -> None:
         self.stream.synchronize()
@@ -148,11 +155,11 @@ class CudaBackend:
         if fixed_offsets is None:
             bags = rows * self._packing.vectors + 1
             offsets[:bags].copy_(offsets_host[:bags], non_blocking=True)
-            logits = self._network.logits(dense[:rows], values, offsets[:bags])
+            logits = self.forward(dense[:rows], values, offsets[:bags])
         else:
             ids = rows * self._spec.n_sparse
             values[:ids].copy_(values_host[:ids], non_blocking=True)
-            logits = self._network.logits(dense[:rows], values[:ids], fixed_offsets)
+            logits = self.forward(dense[:rows], values[:ids], fixed_offsets)
         self._staging.scores[:rows].copy_(torch.sigmoid(logits), non_blocking=True)
 
     def _most_ids(self, rows: int) -> int:
