@@ -2,8 +2,9 @@
 
 import asyncio
 import math
+from collections.abc import Callable
 from http import HTTPStatus
-from typing import Any
+from typing import Any, cast
 
 import msgspec
 from prometheus_client import CollectorRegistry
@@ -23,7 +24,6 @@ from narsil_stream.schemas.oip import IndexRequest, ModelReady, RepositoryAction
 from narsil_stream.schemas.wire import InferAnswer, InferRequest, JsonError
 
 JSON = ("content-type", "application/json")
-
 
 _decode_index = msgspec.json.Decoder(IndexRequest).decode
 _decode_action = msgspec.json.Decoder(RepositoryAction).decode
@@ -94,8 +94,7 @@ class Verbs:
         return _json(HTTPStatus.OK, await self._inference.statistics(call.model, call.version))
 
     async def index(self, call: Call) -> Reply:
-        body = await self._bodies.read(call.scope, call.proto)
-        wanted = _read(_decode_index, body, IndexRequest())
+        wanted = read_index(await self._bodies.read(call.scope, call.proto))
         return _json(HTTPStatus.OK, await self._inference.index(wanted.ready))
 
     async def load(self, call: Call) -> Reply:
@@ -107,9 +106,7 @@ class Verbs:
         return _json(HTTPStatus.OK, {})
 
     async def _action(self, call: Call) -> RepositoryAction:
-        body = await self._bodies.read(call.scope, call.proto)
-        action: RepositoryAction = _read(_decode_action, body, RepositoryAction())
-        return action
+        return read_action(await self._bodies.read(call.scope, call.proto))
 
     async def metrics(self, _: Call) -> Reply:
         exposition = text(self._registry).encode()
@@ -125,12 +122,21 @@ class Verbs:
         raise Refused(Fault.UNIMPLEMENTED, f"{call.scope.path} is an extension of Triton's that is not offered here")
 
 
-def _read(decoder: Any, body: bytes, default: Any) -> Any:
-    """Raises INVALID_ARGUMENT; an empty body is `default`."""
+def read_index(body: bytes) -> IndexRequest:
+    """Raises INVALID_ARGUMENT. An empty body asks for nothing in particular."""
+    return cast(IndexRequest, _read(_decode_index, body) or IndexRequest())
+
+
+def read_action(body: bytes) -> RepositoryAction:
+    """Raises INVALID_ARGUMENT. An empty body has no parameters."""
+    return cast(RepositoryAction, _read(_decode_action, body) or RepositoryAction())
+
+
+def _read(decode: Callable[[bytes], Any], body: bytes) -> Any:
     if not body.strip():
-        return default
+        return None
     try:
-        return decoder(body)
+        return decode(body)
     except (msgspec.MsgspecError, ValueError, RecursionError) as error:
         raise invalid(f"the body is not what this path takes: {error}") from None
 
