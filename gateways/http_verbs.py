@@ -41,15 +41,16 @@ class Verbs:
         headers, caller = call.scope.headers, WhileThere(call.proto)
         content_type = headers.get("content-type", "")
         spelling, binary_output = Spelling.MSGPACK if is_msgpack(content_type) else Spelling.JSON, False
-        problem: Problem | None = None
+        instead: Reply | None = None
 
         async def read() -> InferRequest:
-            nonlocal binary_output, problem
+            nonlocal binary_output, instead
             try:
                 body = await self._bodies.read(call.scope, call.proto)
-            except Problem as found:  # it counts as a refusal, and is answered as HTTP has it
-                problem = found
-                raise invalid(found.detail) from None
+            except Problem as problem:  # counted as a refusal, answered as HTTP has it
+                # Not the exception itself: it holds this frame, and both would hold the connection.
+                instead = error(problem.status, problem.detail, *problem.headers)
+                raise invalid(problem.detail) from None
             request, binary_output = decode(body, spelling, headers.get(JSON_LENGTH))
             caller.watch()
             return request
@@ -61,8 +62,8 @@ class Verbs:
             if not caller.left:
                 raise
             answer = InferAnswer("", fault=Fault.CANCELLED.name, detail="the caller has left")
-        if problem is not None:
-            raise problem
+        if instead is not None:
+            return instead
         status, more = HTTPStatus.OK.value, retry_after(answer.retry_after_us)
         if answer.fault:
             status = named(answer.fault).http
