@@ -114,7 +114,7 @@ class Repository:
             log.error("model %s %s is not served: %s", name, version, error)
         return list(must.values()), [found for found in rest if found.name not in must]
 
-    def plain(self, error: ArtifactError) -> str:
+    def plain(self, error: Exception) -> str:
         """For callers, who need not know where on this machine the files are."""
         text = str(error)
         for folder in (self._folder, *(artifact.parent for artifact in self._models)):

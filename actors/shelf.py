@@ -19,6 +19,7 @@ from narsil_stream.actors.queue import ModelKey
 from narsil_stream.actors.repository import Found, Loaded, Loader, Missing, Name, Repository, digest, load
 from narsil_stream.core.config import Config
 from narsil_stream.kernels.artifact import ArtifactError
+from narsil_stream.kernels.families import Unfit
 from narsil_stream.schemas.errors import Fault, Refused
 from narsil_stream.schemas.internal import BatcherBeat, ModelRef
 from narsil_stream.schemas.oip import RepositoryEntry
@@ -93,7 +94,7 @@ class Shelf:
         for found in must:
             await self._put(found)
         for found in rest:
-            with contextlib.suppress(ArtifactError):  # said in the log and in the index
+            with contextlib.suppress(Exception):  # said in the log and in the index
                 await self._put(found)
         if peers is not None:
             await self._add(peers.refs)
@@ -131,9 +132,11 @@ class Shelf:
                 ref = await self._put(found)
             except Missing as error:
                 raise Refused(Fault.NOT_FOUND, str(error)) from None
-            except ArtifactError as error:
+            except (ArtifactError, Unfit) as error:
                 detail = f"model '{model}' could not be loaded: {self._repository.plain(error)}"
                 raise Refused(Fault.INTERNAL, detail) from None
+            except Exception as error:
+                raise Refused(Fault.INTERNAL, f"model '{model}' could not be loaded: {_kind(error)}") from None
             self.unloaded.discard(model)
             await self._until(lambda: self._is_known(ref), KNOWN_LEASES * self._lease_s)
             await self._retire([key for key in self.offered if key.name == model and key.digest != ref.digest])
@@ -178,9 +181,13 @@ class Shelf:
         self._states[found.name] = RepositoryEntry(*found.name, "LOADING")
         try:
             loaded = await self._in_thread(load, found, self._load, self._config.batch.max_rows)
-        except ArtifactError as error:
+        except (ArtifactError, Unfit) as error:
             log.error("model %s version %s was not loaded: %s", *found.name, error)
             self._states[found.name] = RepositoryEntry(*found.name, "UNAVAILABLE", self._repository.plain(error))
+            raise
+        except Exception as error:
+            log.exception("model %s version %s was not loaded", *found.name)
+            self._states[found.name] = RepositoryEntry(*found.name, "UNAVAILABLE", _kind(error))
             raise
         except BaseException:
             del self._states[found.name]
@@ -206,7 +213,7 @@ class Shelf:
                 try:
                     found = await asyncio.to_thread(self._repository.find, ref.name, ref.version)
                     own = await self._put(found)
-                except ArtifactError as error:
+                except Exception as error:
                     log.error("others serve model %s version %s, this one cannot: %s", ref.name, ref.version, error)
                     continue
                 if own != ref:
@@ -226,7 +233,8 @@ class Shelf:
         if not keys:
             return
         await asyncio.sleep(self._lease_s)  # every batcher that is alive has heard of it by then
-        await self._until(lambda: not self._awaited(keys))
+        before = list(self._heard())
+        await self._until(lambda: not self._awaited(keys, before))
         gone = [self.retiring.pop(key) for key in keys]
         self._announce()
         await self._until(lambda: not any(self.running[key] for key in keys))
@@ -243,9 +251,14 @@ class Shelf:
     def _is_known(self, ref: ModelRef) -> bool:
         return all(beat is not None and ref in beat.models for beat in self._heard())
 
-    def _awaited(self, keys: list[ModelKey]) -> bool:
+    def _awaited(self, keys: list[ModelKey], before: list[BatcherBeat | None]) -> bool:
+        """Whether requests wait for these somewhere, or a batcher has said nothing since these heartbeats."""
         digests = {key.digest for key in keys}
-        return any(beat is not None and not digests.isdisjoint(beat.finishing) for beat in self._heard())
+        return any(
+            any(beat is old for old in before) or not digests.isdisjoint(beat.finishing)
+            for beat in self._heard()
+            if beat is not None
+        )
 
     async def _until(self, condition: Callable[[], bool], timeout_s: float | None = None) -> None:
         """Returns when it holds after a turn of the executor, or after that time."""
@@ -267,6 +280,11 @@ class Shelf:
 
     async def _in_thread(self, work: Callable[P, T], *args: P.args, **kwargs: P.kwargs) -> T:
         return await asyncio.get_running_loop().run_in_executor(self._thread, partial(work, *args, **kwargs))
+
+
+def _kind(error: Exception) -> str:
+    """What may be said of an error of the backend's: it may name anything."""
+    return f"the backend failed with {type(error).__name__}"
 
 
 def _key(ref: ModelRef) -> ModelKey:

@@ -6,7 +6,8 @@ from typing import Any
 
 import numpy as np
 
-from narsil_stream.bench.forward import BATCHES, Row, alternate, batches, check
+from narsil_stream.bench.forward import BATCHES, alternate, batches, check
+from narsil_stream.bench.report import Row
 from narsil_stream.kernels.artifact import Artifact
 from narsil_stream.kernels.backend import RaggedBatch
 from narsil_stream.kernels.native.engine import Engine, Options

@@ -20,7 +20,7 @@ from narsil_stream.core.telemetry import gauges
 from narsil_stream.gateways.grpc_codec import parsed, serialized, to_response, to_stream_response
 from narsil_stream.gateways.grpc_health import Health
 from narsil_stream.gateways.grpc_stream import Context, InferStream
-from narsil_stream.gateways.grpc_verbs import VERBS, Verb, Verbs, abort
+from narsil_stream.gateways.grpc_verbs import VERBS, Run, Verbs, abort
 from narsil_stream.gateways.inference import Inference
 from narsil_stream.gateways.tls import grpc_credentials
 from narsil_stream.schemas import codec
@@ -168,11 +168,11 @@ class GrpcGateway(Actor[None]):
             log.exception("an infer request failed")
             return InferAnswer("", fault=Fault.INTERNAL.name, detail="internal error")
 
-    def _unary(self, name: str, verb: Verb, kind: Any) -> Callable[[bytes, Context], Awaitable[bytes]]:
+    def _unary(self, name: str, run: Run, kind: Any) -> Callable[[bytes, Context], Awaitable[bytes]]:
         async def handle(data: bytes, context: Context) -> bytes:
             try:
                 self._check(name, context)
-                return serialized(await verb.run(self._verbs, parsed(kind, data)))
+                return serialized(await run(self._verbs, parsed(kind, data)))
             except Refused as error:
                 refused = error
             except Exception:

@@ -1,7 +1,7 @@
 """The verbs of the gRPC gateway: each takes its message, makes one call, and gives the answer's message."""
 
 from collections.abc import Awaitable, Callable
-from typing import Any, NamedTuple
+from typing import Any
 
 import msgspec
 from grpc import StatusCode
@@ -133,36 +133,29 @@ def _value(parameter: Any) -> Any:
     return getattr(parameter, kind) if kind else None
 
 
-class Verb(NamedTuple):
-    scope: str
-    """What a caller must be allowed to: nothing, infer or admin."""
-    run: Callable[[Verbs, Any], Awaitable[Message]]
+Run = Callable[[Verbs, Any], Awaitable[Message]]
 
-
-INFER_SCOPE = "infer"
-"""Of ModelInfer and ModelStreamInfer, which are not in the table: they take bytes."""
-
-VERBS = {
-    "ServerLive": Verb("nothing", Verbs.server_live),
-    "ServerReady": Verb("nothing", Verbs.server_ready),
-    "ModelReady": Verb("infer", Verbs.model_ready),
-    "ServerMetadata": Verb("infer", Verbs.server_metadata),
-    "ModelMetadata": Verb("infer", Verbs.model_metadata),
-    "ModelConfig": Verb("infer", Verbs.model_config),
-    "ModelStatistics": Verb("infer", Verbs.statistics),
-    "RepositoryIndex": Verb("infer", Verbs.index),
-    "RepositoryModelLoad": Verb("admin", Verbs.load),
-    "RepositoryModelUnload": Verb("admin", Verbs.unload),
-    "SystemSharedMemoryStatus": Verb("admin", Verbs.no_shared_memory),
-    "SystemSharedMemoryRegister": Verb("admin", Verbs.no_shared_memory),
-    "SystemSharedMemoryUnregister": Verb("admin", Verbs.no_shared_memory),
-    "CudaSharedMemoryStatus": Verb("admin", Verbs.no_shared_memory),
-    "CudaSharedMemoryRegister": Verb("admin", Verbs.no_shared_memory),
-    "CudaSharedMemoryUnregister": Verb("admin", Verbs.no_shared_memory),
-    "TraceSetting": Verb("admin", Verbs.no_tracing),
-    "LogSettings": Verb("admin", Verbs.no_log_settings),
+VERBS: dict[str, Run] = {
+    "ServerLive": Verbs.server_live,
+    "ServerReady": Verbs.server_ready,
+    "ModelReady": Verbs.model_ready,
+    "ServerMetadata": Verbs.server_metadata,
+    "ModelMetadata": Verbs.model_metadata,
+    "ModelConfig": Verbs.model_config,
+    "ModelStatistics": Verbs.statistics,
+    "RepositoryIndex": Verbs.index,
+    "RepositoryModelLoad": Verbs.load,
+    "RepositoryModelUnload": Verbs.unload,
+    "SystemSharedMemoryStatus": Verbs.no_shared_memory,
+    "SystemSharedMemoryRegister": Verbs.no_shared_memory,
+    "SystemSharedMemoryUnregister": Verbs.no_shared_memory,
+    "CudaSharedMemoryStatus": Verbs.no_shared_memory,
+    "CudaSharedMemoryRegister": Verbs.no_shared_memory,
+    "CudaSharedMemoryUnregister": Verbs.no_shared_memory,
+    "TraceSetting": Verbs.no_tracing,
+    "LogSettings": Verbs.no_log_settings,
 }
-"""Every rpc of the service but ModelInfer and ModelStreamInfer."""
+"""Every rpc of the service but ModelInfer and ModelStreamInfer, which take bytes."""
 
 STATUS = {fault: StatusCode[fault.grpc] for fault in Fault}
 

@@ -9,7 +9,7 @@ import math
 import os
 import secrets
 import shutil
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple, NoReturn
 
@@ -20,7 +20,7 @@ from numpy.typing import NDArray
 from safetensors import SafetensorError, safe_open
 from safetensors.numpy import save_file
 
-from narsil_stream.schemas.model import ModelSpec, Table
+from narsil_stream.schemas.model import DcnV2, ModelSpec, Table
 
 MODEL = "model.json"
 WEIGHTS = "weights.safetensors"
@@ -29,6 +29,9 @@ MAX_MODEL_BYTES = 8 << 20
 
 _STEP_VALUES = 1 << 20
 """Values checked for NaN at a time, so that a check of a big table needs little memory."""
+
+_STEP_BYTES = 4 << 20
+"""Bytes copied at a time."""
 
 Tensors = Mapping[str, NDArray[Any]]
 
@@ -76,17 +79,14 @@ _RESTORE = "restore the file from its source, or write the artifact again"
 
 
 def layout(spec: ModelSpec) -> dict[str, Slot]:
-    """Every tensor of a model by name, in model order: bottom MLP, tables, top MLP."""
-    slots: dict[str, Slot] = {}
-    for i, (wide, out) in enumerate(_layers(spec.n_dense, spec.architecture.bottom)):
-        slots[f"bottom.{i}.weight"] = Slot("F32", (out, wide))
-        slots[f"bottom.{i}.bias"] = Slot("F32", (out,))
+    """Every tensor of a model by name, in model order: bottom MLP, tables, cross network (DCNv2), top MLP."""
+    shape = spec.architecture
+    slots = _mlp_layout("bottom", spec.n_dense, shape.bottom)
     for table in spec.tables:
-        slots |= table_layout(table, spec.architecture.dim)
-    for i, (wide, out) in enumerate(_layers(spec.top_input, spec.architecture.top)):
-        slots[f"top.{i}.weight"] = Slot("F32", (out, wide))
-        slots[f"top.{i}.bias"] = Slot("F32", (out,))
-    return slots
+        slots |= table_layout(table, shape.dim)
+    if isinstance(shape, DcnV2):
+        slots |= _cross_layout(shape, spec.top_input)
+    return slots | _mlp_layout("top", spec.top_input, shape.top)
 
 
 def table_layout(table: Table, dim: int) -> dict[str, Slot]:
@@ -197,8 +197,22 @@ def need_free(folder: Path, overwrite: bool) -> None:
         )
 
 
-def _layers(width: int, outputs: tuple[int, ...]) -> Iterable[tuple[int, int]]:
-    return zip((width, *outputs[:-1]), outputs, strict=True)
+def _mlp_layout(part: str, inputs: int, outputs: tuple[int, ...]) -> dict[str, Slot]:
+    slots: dict[str, Slot] = {}
+    for i, (wide, out) in enumerate(zip((inputs, *outputs[:-1]), outputs, strict=True)):
+        slots[f"{part}.{i}.weight"] = Slot("F32", (out, wide))
+        slots[f"{part}.{i}.bias"] = Slot("F32", (out,))
+    return slots
+
+
+def _cross_layout(shape: DcnV2, width: int) -> dict[str, Slot]:
+    """Of each cross layer: v [rank, width], w [width, rank], bias [width]."""
+    slots: dict[str, Slot] = {}
+    for i in range(shape.cross_layers):
+        slots[f"cross.{i}.v"] = Slot("F32", (shape.cross_rank, width))
+        slots[f"cross.{i}.w"] = Slot("F32", (width, shape.cross_rank))
+        slots[f"cross.{i}.bias"] = Slot("F32", (width,))
+    return slots
 
 
 def _decode_spec(data: bytes, where: str) -> ModelSpec:
@@ -216,9 +230,20 @@ def _read_tensors(path: Path, expected: Mapping[str, Slot]) -> dict[str, NDArray
         with safe_open(path, framework="np") as file:
             found = {name: file.get_slice(name) for name in file.keys()}  # noqa: SIM118  (not a mapping)
             _check_slots(path.name, {n: Slot(s.get_dtype(), tuple(s.get_shape())) for n, s in found.items()}, expected)
-            return {name: file.get_tensor(name) for name in expected}
+            return {name: _copied(found[name], slot) for name, slot in expected.items()}
     except SafetensorError as error:
         raise ArtifactError(str(path), f"an unreadable file ({error})", "a safetensors file", _RESTORE) from error
+
+
+def _copied(tensor: Any, slot: Slot) -> NDArray[Any]:
+    """In pieces: the library holds the interpreter while it copies, and an executor that loads has others to serve."""
+    out = np.empty(slot.shape, _DTYPES[slot.dtype])
+    count = slot.shape[0]
+    step = max(1, _STEP_BYTES * count // slot.nbytes)
+    for start in range(0, count, step):
+        end = min(start + step, count)
+        out[start:end] = tensor[start:end]
+    return out
 
 
 def _check_slots(file: str, found: Mapping[str, Slot], expected: Mapping[str, Slot]) -> None:

@@ -1,24 +1,147 @@
-"""Which compute families there are, and which one a machine should use."""
+"""Which compute families there are, and which one a machine should use for a model."""
 
+import importlib.util
+import logging
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import NamedTuple
 
-from narsil_stream.kernels.backend import Backend
+from narsil_stream.kernels import native, torch_family
+from narsil_stream.kernels.artifact import read_spec
+from narsil_stream.kernels.backend import Backend, Loader
+from narsil_stream.schemas.model import DcnV2, ModelSpec
+
+log = logging.getLogger(__name__)
+
+FAMILIES = ("native", "torch", "reference")
+PRECISIONS = ("fp32", "bf16", "fp16", "int8")
+SMALL_MACS = 200_000
+"""Multiply-adds for a row below which NumPy beats torch's calls at the batch sizes of a CPU: docs/decisions.md."""
+
+
+class Unfit(Exception):
+    """A family or precision that cannot be had here: says why and what to do next."""
 
 
 class Choice(NamedTuple):
     name: str
-    load: Callable[[Path], Backend]
+    load: Loader
+    """Raises ArtifactError; Unfit for what only loading can find out."""
     reason: str
     """For logs: why this one."""
 
 
-def choose(wanted: str) -> Choice:
-    """`wanted` is a family's name or "auto". Raises ValueError for a name that does not exist."""
-    if wanted not in ("auto", "reference"):
-        raise ValueError(f"no backend is called {wanted!r}; there are: auto, reference")
+def choose(backend: str, precision: str, spec: ModelSpec) -> Choice:
+    """`backend`: a family's name or "auto"; `precision`: fp32, bf16, fp16, int8 or "auto"; `spec`: what will be loaded.
+
+    int8 asks for INT8 rows, with the family's fastest arithmetic. Raises Unfit.
+    """
+    if backend not in ("auto", *FAMILIES):
+        raise Unfit(f"no backend is called {backend!r}; there are: auto, {', '.join(FAMILIES)}")
+    if precision not in ("auto", *PRECISIONS):
+        raise Unfit(f"no precision is called {precision!r}; there are: auto, {', '.join(PRECISIONS)}")
+    if precision == "int8":
+        _need_int8_rows(spec)
+        precision = "auto"
+    if backend != "auto":
+        return _BUILD[backend](precision, "as configured")
+    return _fastest(precision, spec)
+
+
+def loader(backend: str, precision: str) -> Loader:
+    """Loads each model with the family that is right for it, and logs which one and why."""
+
+    def load(artifact: Path) -> Backend:
+        choice = choose(backend, precision, read_spec(artifact))
+        log.info("compute: %s backend, precision %s (%s)", choice.name, precision, choice.reason)
+        return choice.load(artifact)
+
+    return load
+
+
+def macs(spec: ModelSpec) -> int:
+    """Multiply-adds that one row costs."""
+    shape, vectors = spec.architecture, spec.n_sparse + 1
+    bottom = zip((shape.dense, *shape.bottom), shape.bottom, strict=False)
+    top = zip((spec.top_input, *shape.top), shape.top, strict=False)
+    layers = sum(wide * out for wide, out in (*bottom, *top))
+    if isinstance(shape, DcnV2):
+        return layers + 2 * shape.cross_layers * shape.cross_rank * spec.top_input
+    return layers + shape.dim * vectors * (vectors - 1) // 2
+
+
+def _fastest(precision: str, spec: ModelSpec) -> Choice:
+    """The first family that this machine has; the reason names what the ones before it lack."""
+    lacks = []
+    if importlib.util.find_spec("cupy") is None:
+        lacks.append("no CuPy for native")
+    else:
+        try:
+            native.require_gpu()
+            return _native(precision, "an NVIDIA GPU and CuPy are here")
+        except native.Unavailable:
+            lacks.append("no NVIDIA GPU for native")
+    try:
+        unit = torch_family.require_unit()
+    except torch_family.Unavailable:
+        lacks.append("no locked unit of torch, FBGEMM and TorchRec for torch")
+    else:
+        if unit.machine != "CPU" or macs(spec) >= SMALL_MACS or precision in ("bf16", "fp16"):
+            return _torch(precision, "; ".join([*lacks, f"the locked unit for {unit.machine} is here"]))
+        lacks.append(f"for {macs(spec):,} multiply-adds a row torch is no faster")
+    return _reference(precision, "; ".join(lacks))
+
+
+def _native(precision: str, reason: str) -> Choice:
+    try:
+        native.require_gpu()
+    except native.Unavailable as error:
+        raise Unfit(str(error)) from error
+    arithmetic = "fp16" if precision == "auto" else precision
+    return Choice("native", _explained("native", partial(native.load, precision=arithmetic)), reason)
+
+
+def _torch(precision: str, reason: str) -> Choice:
+    try:
+        torch_family.require_unit()
+    except torch_family.Unavailable as error:
+        raise Unfit(str(error)) from error
+    return Choice("torch", _explained("torch", partial(torch_family.load, precision=precision)), reason)
+
+
+def _reference(precision: str, reason: str) -> Choice:
     from narsil_stream.kernels import reference
 
-    reason = "as configured" if wanted == "reference" else "the only family here"
+    if precision in ("bf16", "fp16"):
+        raise Unfit(
+            f"the reference backend computes in fp64 alone, not in {precision} ({reason}). Next: leave --precision to "
+            "auto, or install what --backend native or --backend torch needs (docs/kernels.md)"
+        )
     return Choice("reference", reference.load, reason)
+
+
+_BUILD = {"native": _native, "torch": _torch, "reference": _reference}
+
+
+def _explained(family: str, load: Callable[[Path], Backend]) -> Loader:
+    """What a family finds out only while loading, as Unfit."""
+
+    def run(artifact: Path) -> Backend:
+        try:
+            return load(artifact)
+        except (native.Unavailable, torch_family.Unavailable, ValueError) as error:
+            others = " or ".join(f"--backend {name}" for name in FAMILIES if name != family)
+            step = "" if "Next:" in str(error) else f". Next: another --precision, or {others}"
+            raise Unfit(f"the {family} backend cannot serve this model: {error}{step}") from error
+
+    return run
+
+
+def _need_int8_rows(spec: ModelSpec) -> None:
+    for table in spec.tables:
+        if table.dtype != "INT8":
+            raise Unfit(
+                f"precision int8 asks for INT8 rows, but table {table.name} of {spec.name} has {table.dtype} rows. "
+                "Next: narsil model quantize MODEL SMALLER --to INT8, and serve that"
+            )

@@ -2,18 +2,35 @@
 
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
 
 from narsil_stream.kernels.artifact import MODEL, Artifact, ArtifactError, Slot, layout, write
 from narsil_stream.kernels.backend import RaggedBatch
-from narsil_stream.kernels.quantize import convert
+from narsil_stream.kernels.quantize import convert, quantize
 from narsil_stream.kernels.reference import Reference
-from narsil_stream.schemas.model import CRITEO_SHAPE, Architecture, ModelSpec, Preprocessing, RowType, Table
+from narsil_stream.schemas.model import (
+    CRITEO_SHAPE,
+    Architecture,
+    DcnV2,
+    DlrmDot,
+    ModelSpec,
+    Pooling,
+    Preprocessing,
+    RowType,
+    Table,
+)
 
 _CALIBRATION_ROWS = 2048
+
+
+class Cross(NamedTuple):
+    """A cross network."""
+
+    layers: int = 3
+    rank: int = 64
 
 
 def plain_spec(
@@ -25,14 +42,22 @@ def plain_spec(
     top: tuple[int, ...],
     dtype: RowType = "FP32",
     version: str = "1",
+    *,
+    cross: Cross | None = None,
+    pooling: Pooling = "sum",
 ) -> ModelSpec:
     """A model with tables C1, C2 ... of the given rows. One of 13 dense features and 26 tables reads Criteo rows.
 
-    `bottom` and `top` are the hidden widths; the bottom MLP ends in `dim`, the top MLP in 1.
+    `bottom` and `top` are the hidden widths; the bottom MLP ends in `dim`, the top MLP in 1. Dot interaction, or a
+    cross network (DCNv2) if `cross` is given.
     """
+    layers = ((*bottom, dim), (*top, 1))
+    architecture: Architecture = DlrmDot(dense, dim, *layers, pooling)
+    if cross is not None:
+        architecture = DcnV2(dense, dim, *layers, pooling, cross_layers=cross.layers, cross_rank=cross.rank)
     return ModelSpec(
         name=name,
-        architecture=Architecture(dense=dense, dim=dim, bottom=(*bottom, dim), top=(*top, 1)),
+        architecture=architecture,
         tables=tuple(Table(name=f"C{i}", rows=rows, dtype=dtype) for i, rows in enumerate(table_rows, start=1)),
         version=version,
         preprocessing=Preprocessing() if (dense, len(table_rows)) == CRITEO_SHAPE else None,
@@ -45,19 +70,22 @@ def criteo_spec(
     dim: int = 16,
     bottom: tuple[int, ...] = (64,),
     top: tuple[int, ...] = (64, 32),
+    *,
+    cross: Cross | None = None,
+    pooling: Pooling = "sum",
 ) -> ModelSpec:
     """A model for Criteo rows: 13 dense features and 26 tables of `rows` rows each, FP32."""
-    return plain_spec(name, 13, [rows] * 26, dim, bottom, top)
+    return plain_spec(name, 13, [rows] * 26, dim, bottom, top, cross=cross, pooling=pooling)
 
 
 def demo_model(folder: Path) -> None:
-    """Write the model that `narsil serve` shows on a fresh machine: random weights, 17 MB, the same on every machine.
+    """Write the model that `narsil serve` shows on a fresh machine: random weights, INT8 rows, the same everywhere.
 
     Leaves an artifact that is there already: several processes may start at once. Raises ArtifactError when the folder
     holds something else or cannot be written.
     """
     try:
-        write(folder, random_model(criteo_spec(), seed=0))
+        write(folder, quantize(random_model(criteo_spec(), seed=0), "INT8"))
     except ArtifactError:
         if not (folder / MODEL).exists():
             raise
@@ -78,7 +106,8 @@ def random_model(spec: ModelSpec, seed: int) -> Artifact:
 
 
 def random_tensors(spec: ModelSpec, seed: int, row_deviation: float | None = None) -> dict[str, NDArray[Any]]:
-    """Untrained weights: He's scale for the MLPs, zero bias, normal rows converted to each table's type.
+    """Untrained weights: He's scale for the MLPs, Glorot's for a cross network, zero bias, normal rows in each table's
+    type.
 
     `row_deviation`: of the values in the tables; by default dim^-1/4, which gives products of rows deviation 1.
     """
@@ -91,7 +120,7 @@ def random_tensors(spec: ModelSpec, seed: int, row_deviation: float | None = Non
         if part == "tables" and kind == "weight":
             tensors |= convert(key, _normal(rng, slot.shape, rows), dtypes[key])
         elif part != "tables":
-            tensors[name] = _mlp(rng, slot)
+            tensors[name] = _dense_layer(rng, slot, spread=sum(slot.shape) if part == "cross" else slot.shape[-1])
     return tensors
 
 
@@ -111,10 +140,10 @@ def random_batch(spec: ModelSpec, rows: int, seed: int, bag: int | None = None) 
     return RaggedBatch(dense, rng.integers(0, limits).astype(np.int32), lengths)
 
 
-def _mlp(rng: np.random.Generator, slot: Slot) -> NDArray[np.float32]:
+def _dense_layer(rng: np.random.Generator, slot: Slot, spread: int) -> NDArray[np.float32]:
     if len(slot.shape) == 1:
         return np.zeros(slot.shape, np.float32)
-    return _normal(rng, slot.shape, (2 / slot.shape[1]) ** 0.5)
+    return _normal(rng, slot.shape, (2 / spread) ** 0.5)
 
 
 def _normal(rng: np.random.Generator, shape: tuple[int, ...], deviation: float) -> NDArray[np.float32]:

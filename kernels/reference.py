@@ -1,11 +1,11 @@
-"""The `reference` backend: DLRM in NumPy, written to be read. What every other backend is compared with.
+"""The `reference` backend: DLRM and DCNv2 in NumPy, written to be read. What every other backend is compared with.
 
 Rows are read as FP32, as they are stored; all arithmetic after that is FP64, so that a score does not depend on how a
 matrix product is cut, on the machine, or on which rows share a batch.
 """
 
 import functools
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import NamedTuple
 
@@ -14,7 +14,7 @@ from numpy.typing import NDArray
 
 from narsil_stream.kernels.artifact import Artifact, Tensors, read
 from narsil_stream.kernels.backend import Backend, BackendInfo, RaggedBatch
-from narsil_stream.schemas.model import ModelSpec, Table
+from narsil_stream.schemas.model import DcnV2, ModelSpec, Pooling, Table
 
 Floats = NDArray[np.floating]
 Ids = NDArray[np.int32]
@@ -28,6 +28,15 @@ class Layer(NamedTuple):
     """[out, in]"""
     bias: Floats
     """[out]"""
+
+
+class CrossLayer(NamedTuple):
+    v: Floats
+    """[rank, width]"""
+    w: Floats
+    """[width, rank]"""
+    bias: Floats
+    """[width]"""
 
 
 class Rows(NamedTuple):
@@ -58,8 +67,8 @@ def lookup(table: Rows, ids: Ids) -> Floats:
     return rows
 
 
-def pool(rows: Floats, lengths: Ids) -> Floats:
-    """out[b] = the sum of bag b, the next `lengths[b]` of `rows`; zero for an empty bag.
+def pool(rows: Floats, lengths: Ids, pooling: Pooling = "sum") -> Floats:
+    """out[b] = the sum or mean of bag b, the next `lengths[b]` of `rows`; zero for an empty bag.
 
     rows [N, dim], lengths [B] with sum N, out [B, dim].
     """
@@ -68,6 +77,8 @@ def pool(rows: Floats, lengths: Ids) -> Floats:
     starts = np.cumsum(lengths) - lengths
     if full.any():
         out[full] = np.add.reduceat(rows, starts[full], axis=0, dtype=np.float64)
+    if pooling == "mean":
+        out /= np.maximum(lengths, 1)[:, None]
     return out
 
 
@@ -78,6 +89,18 @@ def interact(x: Floats) -> Floats:
     """
     products = (x @ x.transpose(0, 2, 1)).reshape(len(x), -1)
     return np.concatenate([x[:, 0], products.take(_pairs(x.shape[1]), axis=1)], axis=1)
+
+
+def cross(x: Floats, layers: list[CrossLayer]) -> Floats:
+    """x_{l+1} = x_0 * (x_l·Vᵀ·Wᵀ + b) + x_l for each layer, x_0 the vectors of a row one after another.
+
+    x [B, F+1, dim], row 0 the bottom MLP's output; out [B, (F+1) dim], the last x_l.
+    """
+    first = x.reshape(len(x), -1)
+    out = first
+    for v, w, bias in layers:
+        out = first * (out @ v.T @ w.T + bias) + out
+    return out
 
 
 def relu_layers(x: Floats, layers: list[Layer]) -> Floats:
@@ -97,7 +120,7 @@ def sigmoid(x: Floats) -> Floats:
 
 
 class Reference:
-    """A DLRM with dot interaction in FP64 arithmetic, on the CPU."""
+    """A DLRM with dot interaction or cross network, in FP64 arithmetic, on the CPU."""
 
     def __init__(self, artifact: Artifact) -> None:
         """Tables are used in place: not copied, not converted."""
@@ -106,6 +129,9 @@ class Reference:
         self._bottom = _layers(tensors, "bottom", len(spec.architecture.bottom))
         *self._top, self._last = _layers(tensors, "top", len(spec.architecture.top))
         self._tables = [_rows(tensors, table) for table in spec.tables]
+        self._interaction: Callable[[Floats], Floats] = interact
+        if isinstance(spec.architecture, DcnV2):
+            self._interaction = functools.partial(cross, layers=_cross(tensors, spec.architecture.cross_layers))
 
     @property
     def spec(self) -> ModelSpec:
@@ -131,18 +157,19 @@ class Reference:
         bottom MLP -> x[:, 0]; pooled rows of table t -> x[:, 1 + t]; interaction; top MLP, its last layer without ReLU.
         """
         out = np.empty(batch.rows)
+        shape = self._spec.architecture
         for block, dense, bags in self._blocks(batch):
-            x = np.empty((len(dense), 1 + len(self._tables), self._spec.architecture.dim))
+            x = np.empty((len(dense), 1 + len(self._tables), shape.dim))
             x[:, 0] = relu_layers(dense.astype(np.float64), self._bottom)
             for t, (ids, lengths) in enumerate(bags):
                 rows = lookup(self._tables[t], ids)
-                x[:, 1 + t] = rows if lengths is None else pool(rows, lengths)
-            hidden = relu_layers(interact(x), self._top)
+                x[:, 1 + t] = rows if lengths is None else pool(rows, lengths, shape.pooling)
+            hidden = relu_layers(self._interaction(x), self._top)
             out[block] = (hidden @ self._last.weight.T)[:, 0] + self._last.bias
         return out
 
     def unload(self) -> None:
-        self._tables = []
+        self._tables, self._bottom, self._top = [], [], []
 
     def _blocks(self, batch: RaggedBatch) -> Iterator[tuple[slice, Floats, list[tuple[Ids, Ids | None]]]]:
         """Cut a batch into (rows, their dense features, and for each table its ids and bag lengths)."""
@@ -180,6 +207,11 @@ def _by_table(ids: Ids, lengths: Ids) -> list[tuple[Ids, Ids | None]]:
 def _layers(tensors: Tensors, part: str, count: int) -> list[Layer]:
     both = ((tensors[f"{part}.{i}.weight"], tensors[f"{part}.{i}.bias"]) for i in range(count))
     return [Layer(weight.astype(np.float64), bias.astype(np.float64)) for weight, bias in both]
+
+
+def _cross(tensors: Tensors, count: int) -> list[CrossLayer]:
+    parts = ((tensors[f"cross.{i}.{kind}"].astype(np.float64) for kind in ("v", "w", "bias")) for i in range(count))
+    return [CrossLayer(*layer) for layer in parts]
 
 
 def _rows(tensors: Tensors, table: Table) -> Rows:

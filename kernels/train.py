@@ -1,4 +1,4 @@
-"""Train a DLRM on labelled Criteo rows, measure it on rows held out, and write the artifact."""
+"""Train a model on labelled Criteo rows, measure it on rows held out, and write the artifact."""
 
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -15,7 +15,7 @@ from narsil_stream.kernels.backend import RaggedBatch
 from narsil_stream.kernels.init import random_tensors
 from narsil_stream.kernels.metrics import auc, log_loss
 from narsil_stream.kernels.reference import Reference
-from narsil_stream.schemas.model import ModelSpec
+from narsil_stream.schemas.model import DcnV2, ModelSpec
 
 _PIECE_BYTES = 4 << 20
 """Read, and shuffled, at a time: about 16 000 rows."""
@@ -165,14 +165,15 @@ class _Network:
         self._torch = torch
         self._spec = spec
         start = random_tensors(spec, settings.seed, _ROW_DEVIATION)
-        self._bottom = [self._linear(start, "bottom", i) for i in range(len(spec.architecture.bottom))]
-        self._top = [self._linear(start, "top", i) for i in range(len(spec.architecture.top))]
+        self._weights = {
+            name: torch.nn.Parameter(torch.from_numpy(t)) for name, t in start.items() if not name.startswith("tables.")
+        }
         rows = np.concatenate([start[f"tables.{table.name}.weight"] for table in spec.tables])
         self._rows = torch.nn.Embedding.from_pretrained(torch.from_numpy(rows), freeze=False, sparse=True)
         self._first_row = np.cumsum([0, *(table.rows for table in spec.tables[:-1])])
         self._pairs = torch.tril_indices(spec.n_sparse + 1, spec.n_sparse + 1, offset=-1)
-        layers = torch.nn.ModuleList([*self._bottom, *self._top, self._rows])
-        self._optimizer = torch.optim.Adagrad(layers.parameters(), lr=settings.learning_rate)
+        learned = [*self._weights.values(), self._rows.weight]
+        self._optimizer = torch.optim.Adagrad(learned, lr=settings.learning_rate)
 
     def step(self, piece: Piece, chosen: NDArray[np.intp]) -> float:
         """One step on the chosen rows of a piece. Returns their log loss before it."""
@@ -186,32 +187,36 @@ class _Network:
 
     def tensors(self) -> dict[str, NDArray[Any]]:
         """The weights as an artifact names them."""
-        found = {}
-        for part, layers in (("bottom", self._bottom), ("top", self._top)):
-            for i, layer in enumerate(layers):
-                found[f"{part}.{i}.weight"] = layer.weight.detach().numpy()
-                found[f"{part}.{i}.bias"] = layer.bias.detach().numpy()
+        found = {name: weight.detach().numpy() for name, weight in self._weights.items()}
         rows = np.split(self._rows.weight.detach().numpy(), self._first_row[1:])
         return found | {f"tables.{t.name}.weight": part for t, part in zip(self._spec.tables, rows, strict=True)}
 
-    def _linear(self, start: dict[str, NDArray[Any]], part: str, i: int) -> Any:
-        weight = self._torch.from_numpy(start[f"{part}.{i}.weight"])
-        layer = self._torch.nn.Linear(weight.shape[1], weight.shape[0])
-        layer.weight.data = weight
-        layer.bias.data = self._torch.from_numpy(start[f"{part}.{i}.bias"])
-        return layer
-
     def _logits(self, dense: NDArray[np.float32], rows: NDArray[np.int64]) -> Any:
-        torch = self._torch
+        torch, shape = self._torch, self._spec.architecture
         x = torch.from_numpy(dense)
-        for layer in self._bottom:
-            x = torch.relu(layer(x))
+        for i in range(len(shape.bottom)):
+            x = torch.relu(self._layer("bottom", i, x))
         vectors = torch.cat([x[:, None], self._rows(torch.from_numpy(rows))], dim=1)
-        products = torch.bmm(vectors, vectors.transpose(1, 2))[:, self._pairs[0], self._pairs[1]]
-        x = torch.cat([x, products], dim=1)
-        for layer in self._top[:-1]:
-            x = torch.relu(layer(x))
-        return self._top[-1](x)[:, 0]
+        x = self._cross(vectors.flatten(1), shape.cross_layers) if isinstance(shape, DcnV2) else self._dot(vectors)
+        for i in range(len(shape.top) - 1):
+            x = torch.relu(self._layer("top", i, x))
+        return self._layer("top", len(shape.top) - 1, x)[:, 0]
+
+    def _layer(self, part: str, i: int, x: Any) -> Any:
+        weights = self._weights
+        return self._torch.nn.functional.linear(x, weights[f"{part}.{i}.weight"], weights[f"{part}.{i}.bias"])
+
+    def _dot(self, vectors: Any) -> Any:
+        products = self._torch.bmm(vectors, vectors.transpose(1, 2))[:, self._pairs[0], self._pairs[1]]
+        return self._torch.cat([vectors[:, 0], products], dim=1)
+
+    def _cross(self, first: Any, layers: int) -> Any:
+        linear, weights = self._torch.nn.functional.linear, self._weights
+        x = first
+        for i in range(layers):
+            product = linear(linear(x, weights[f"cross.{i}.v"]), weights[f"cross.{i}.w"], weights[f"cross.{i}.bias"])
+            x = first * product + x
+        return x
 
 
 def _torch() -> Any:

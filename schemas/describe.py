@@ -125,7 +125,7 @@ def _field(kind: StructType, field: Field) -> Schema:
         schema = {"allOf": [schema]}
     if kind.array_like:
         schema["title"] = field.encode_name
-    said = next((found[field.name] for c in kind.cls.__mro__ if field.name in (found := _docstrings(c))), "")
+    said = _docstrings(kind.cls).get(field.name)
     if said:
         schema["description"] = said
     if field.default is not NODEFAULT:
@@ -171,12 +171,12 @@ def _constraints(kind: Type, names: dict[str, str]) -> Schema:
 
 @functools.cache
 def _docstrings(kind: type) -> dict[str, str]:
-    """The string below each field, of those that this class itself defines."""
+    """The string below each field, those that are inherited too."""
     if not issubclass(kind, Struct) or kind is Struct:
         return {}
     tree = ast.parse(textwrap.dedent(inspect.getsource(kind))).body[0]
     assert isinstance(tree, ast.ClassDef)
-    said = {}
+    said = dict(_docstrings(kind.__base__))
     for field, below in pairwise(tree.body):
         match field, below:
             case ast.AnnAssign(target=ast.Name(id=name)), ast.Expr(value=ast.Constant(value=str(text))):

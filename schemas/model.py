@@ -9,6 +9,7 @@ NAME = re.compile(r"[a-zA-Z0-9_-]{1,64}")
 """Model names and versions: they become NATS subject tokens and folder names."""
 
 RowType = Literal["FP32", "FP16", "INT8"]
+Pooling = Literal["sum", "mean"]
 Name = Annotated[str, Meta(pattern=r"^[a-zA-Z0-9_-]{1,64}\Z")]
 FileName = Annotated[str, Meta(pattern=r"^[a-zA-Z0-9_-][a-zA-Z0-9._-]{0,127}\Z")]
 """A plain name inside the artifact's folder: no separator, no leading dot."""
@@ -24,13 +25,8 @@ class Table(Struct, frozen=True, forbid_unknown_fields=True):
     dtype: RowType = "FP32"
 
 
-class Architecture(Struct, frozen=True, forbid_unknown_fields=True, tag_field="kind", tag="dlrm-dot"):
-    """DLRM with dot interaction (Naumov et al., arXiv:1906.00091).
-
-    bottom MLP: dense -> bottom[0] -> ... -> bottom[-1] = dim, ReLU after each layer.
-    interaction: x = [bottom output, pooled row of each table], F+1 vectors; out = [x[0], x[i]·x[j] for i > j], in the
-    order (1,0), (2,0), (2,1), (3,0) ...; top MLP: ReLU between layers, sigmoid after the last, whose width is 1.
-    """
+class _Mlps(Struct, frozen=True, forbid_unknown_fields=True, tag_field="kind"):
+    """What all architectures share: a bottom MLP, tables, an interaction of both, a top MLP."""
 
     dense: Annotated[int, Meta(ge=1, le=65_536)]
     """Number of dense features."""
@@ -38,7 +34,39 @@ class Architecture(Struct, frozen=True, forbid_unknown_fields=True, tag_field="k
     """Width of every embedding row and of the bottom MLP's output."""
     bottom: Annotated[tuple[Width, ...], Meta(min_length=1, max_length=32)]
     top: Annotated[tuple[Width, ...], Meta(min_length=1, max_length=32)]
-    pooling: Literal["sum"] = "sum"
+    pooling: Pooling = "sum"
+    """What becomes of the rows of a bag. One row stays itself, an empty bag gives zeros."""
+
+
+class DlrmDot(_Mlps, frozen=True, forbid_unknown_fields=True, tag="dlrm-dot"):
+    """DLRM with dot interaction (Naumov et al., arXiv:1906.00091).
+
+    bottom MLP: dense -> bottom[0] -> ... -> bottom[-1] = dim, ReLU after each layer.
+    interaction: x = [bottom output, pooled row of each table], F+1 vectors; out = [x[0], x[i]·x[j] for i > j], in the
+    order (1,0), (2,0), (2,1), (3,0) ...; top MLP: ReLU between layers, sigmoid after the last, whose width is 1.
+    """
+
+    def interaction_width(self, tables: int) -> int:
+        return self.dim + (tables + 1) * tables // 2
+
+
+class DcnV2(_Mlps, frozen=True, forbid_unknown_fields=True, tag="dcn-v2", kw_only=True):
+    """DLRM with a low-rank cross network, DCNv2 (Wang et al., arXiv:2008.13535): MLPerf's DLRM-v2.
+
+    bottom and top MLP as in dlrm-dot.
+    interaction: x_0 = bottom output and pooled row of each table, one after another, width (F+1) dim; then
+    x_{l+1} = x_0 * (W_l (V_l x_l) + b_l) + x_l for each cross layer, * element by element, V_l [cross_rank, width],
+    W_l [width, cross_rank]; out = the last x. The same as torchrec.models.dlrm.DLRM_DCN.
+    """
+
+    cross_layers: Annotated[int, Meta(ge=1, le=32)]
+    cross_rank: Width
+
+    def interaction_width(self, tables: int) -> int:
+        return self.dim * (tables + 1)
+
+
+Architecture = DlrmDot | DcnV2
 
 
 CRITEO_SHAPE = (13, 26)
@@ -91,5 +119,5 @@ class ModelSpec(Struct, frozen=True, forbid_unknown_fields=True, omit_defaults=T
 
     @property
     def top_input(self) -> int:
-        """Width of the interaction's output: the bottom output and one product for each pair of F+1 vectors."""
-        return self.architecture.dim + (self.n_sparse + 1) * self.n_sparse // 2
+        """Width of the interaction's output."""
+        return self.architecture.interaction_width(self.n_sparse)

@@ -72,7 +72,7 @@ def _tensor(name: str, datatype: str, code: str, numbers: list[float]) -> Tensor
 DENSE = [round(0.1 * i, 1) for i in range(13)]
 SPARSE = [7 * i + 1 for i in range(26)]
 REQUEST = InferRequest("42", (_tensor("dense", "FP32", "f", DENSE), _tensor("sparse", "INT32", "i", list(SPARSE))))
-SCORE = 0.43455857038497925
+SCORE = 0.4345552623271942
 SCORES = InferAnswer("42", (Tensor("scores", "FP32", (1,), memoryview(struct.pack("<f", SCORE))),), "dlrm", "1")
 JSON_REQUEST = {
     "id": "42",

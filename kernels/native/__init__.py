@@ -1,4 +1,4 @@
-"""The `native` backend: a DLRM forward pass in our own CUDA kernels, through CuPy (extra `cuda`).
+"""The `native` backend: the forward pass of a DLRM or DCNv2 in our own CUDA kernels, through CuPy (extra `cuda`).
 
 Importing this package needs no GPU and no CuPy; `load` does.
 """
@@ -15,7 +15,8 @@ class Unavailable(RuntimeError):
 def load(artifact: Path, *, precision: str = "fp16", lanes: int = 3) -> Backend:
     """Load an artifact's folder onto the current GPU. Embedding rows keep their type.
 
-    `precision`: fp16, tf32 or fp32, of the MLPs and the interaction. `lanes`: batches that compute at the same time.
+    `precision`: fp16, bf16, tf32 or fp32, of the MLPs and the interaction. `lanes`: batches that compute at the same
+    time.
     Raises Unavailable without CuPy or a GPU, ArtifactError when the artifact is unfit.
     """
     require_gpu()

@@ -11,7 +11,7 @@ from narsil_stream.kernels.native.tables import DeviceTables
 if TYPE_CHECKING:
     from narsil_stream.kernels.native.engine import Options
 
-PRECISIONS = ("fp16", "tf32", "fp32")
+PRECISIONS = ("fp16", "bf16", "tf32", "fp32")
 _OLDEST = (8, 0)
 _FUSED_ON = (9, 0)
 

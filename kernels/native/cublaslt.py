@@ -1,4 +1,4 @@
-"""Matrix products of cuBLASLt with bias and ReLU in their epilogue, the fastest of its algorithms found by timing.
+"""Matrix products of cuBLASLt, bias and ReLU in their epilogue, the fastest of its algorithms found by timing.
 
 Bound by ctypes: CuPy has no cuBLASLt, and a product with fixed pointers is all that a graph needs.
 """
@@ -15,10 +15,12 @@ WORKSPACE_BYTES = 32 << 20
 CANDIDATES = 24
 """Algorithms asked for; each is timed."""
 
-_R_16F, _R_32F = 2, 0
-_COMPUTE = {"fp16": 68, "fp32": 68, "tf32": 77}
+_R_32F = 0
+_TYPES = {"fp16": 2, "bf16": 14, "tf32": _R_32F, "fp32": _R_32F}
+_COMPUTE = {"fp16": 68, "bf16": 68, "tf32": 77, "fp32": 68}
 _TRANS_A, _EPILOGUE, _BIAS_POINTER = 3, 7, 8
-_EPILOGUE_RELU_BIAS = 6
+_PLAIN, _RELU, _BIAS = 1, 2, 4
+"""Of an epilogue; with both, RELU | BIAS."""
 _MAX_WORKSPACE = 1
 _OP_T = 1
 
@@ -38,9 +40,10 @@ class CublasError(Exception):
 
 
 class Product(msgspec.Struct, frozen=True):
-    """One layer with fixed addresses: y = relu(x wᵀ + bias). All row-major; `x`, `w`, `bias`, `y` are device addresses.
+    """One layer with fixed addresses: y = x wᵀ, + bias unless it is 0, ReLU if `relu`.
 
-    x [rows, inputs], w [outputs, inputs], bias [outputs], y [rows, outputs]; FP16, or FP32 for fp32 and tf32. FP16
+    All row-major; `x`, `w`, `bias`, `y` are device addresses: x [rows, inputs], w [outputs, inputs], bias [outputs],
+    y [rows, outputs], a row of it `stride` elements after the other. FP16, BF16, or FP32 for fp32 and tf32. 16-bit
     widths are multiples of 8.
     """
 
@@ -51,6 +54,13 @@ class Product(msgspec.Struct, frozen=True):
     w: int
     bias: int
     y: int
+    stride: int
+    relu: bool
+
+    @property
+    def epilogue(self) -> int:
+        chosen = (_BIAS if self.bias else 0) | (_RELU if self.relu else 0)
+        return chosen or _PLAIN
 
 
 class Library:
@@ -76,19 +86,18 @@ class Library:
 
     def _prepare(self, p: Product, precision: str, workspace: int) -> tuple[Callable[[Any, int], None], list[Any]]:
         """Row-major y = x wᵀ is column-major yᵀ = w xᵀ: matrix A is w, stored [inputs, outputs] and transposed."""
-        kind = _R_16F if precision == "fp16" else _R_32F
+        kind = _TYPES[precision]
         description = c_void_p()
         self._call("cublasLtMatmulDescCreate", byref(description), c_int(_COMPUTE[precision]), c_int(_R_32F))
-        for key, value in (
-            (_TRANS_A, c_int32(_OP_T)),
-            (_EPILOGUE, c_int32(_EPILOGUE_RELU_BIAS)),
-            (_BIAS_POINTER, c_void_p(p.bias)),
-        ):
+        attributes: list[tuple[int, Any]] = [(_TRANS_A, c_int32(_OP_T)), (_EPILOGUE, c_int32(p.epilogue))]
+        if p.bias:
+            attributes.append((_BIAS_POINTER, c_void_p(p.bias)))
+        for key, value in attributes:
             size = c_size_t(ctypes.sizeof(value))
             self._call("cublasLtMatmulDescSetAttribute", description, c_int(key), byref(value), size)
-        a = self._matrix(kind, p.inputs, p.outputs)
-        b = self._matrix(kind, p.inputs, p.rows)
-        c = self._matrix(kind, p.outputs, p.rows)
+        a = self._matrix(kind, p.inputs, p.outputs, p.inputs)
+        b = self._matrix(kind, p.inputs, p.rows, p.inputs)
+        c = self._matrix(kind, p.outputs, p.rows, p.stride)
         one, zero = c_float(1), c_float(0)
 
         def launch(algo: Any, stream: int) -> None:
@@ -141,9 +150,10 @@ class Library:
             raise CublasError("cuBLASLt has no algorithm for a layer. Next: report its widths")
         return [found[i].algo for i in range(count.value)]
 
-    def _matrix(self, kind: int, rows: int, columns: int) -> c_void_p:
+    def _matrix(self, kind: int, rows: int, columns: int, stride: int) -> c_void_p:
+        """Column-major, as cuBLAS has it."""
         layout = c_void_p()
-        size = (c_uint64(rows), c_uint64(columns), ctypes.c_int64(rows))
+        size = (c_uint64(rows), c_uint64(columns), ctypes.c_int64(stride))
         self._call("cublasLtMatrixLayoutCreate", byref(layout), c_int(kind), *size)
         return layout
 

@@ -29,7 +29,7 @@ class Options(Struct, frozen=True):
     """How an engine runs. More lanes and slots: more batches at once, more memory."""
 
     precision: str = "fp16"
-    """Of the MLPs and the interaction: fp16, tf32 or fp32."""
+    """Of the MLPs and the interaction: fp16, bf16, tf32 or fp32."""
     max_rows: int = 4096
     """Of one batch; longer ones are cut."""
     lanes: int = 3

@@ -18,7 +18,7 @@ from narsil_stream.kernels.native.layout import (
 )
 from narsil_stream.kernels.native.plan import Inputs, Outputs, row_defines
 from narsil_stream.kernels.native.tables import DeviceTables
-from narsil_stream.schemas.model import ModelSpec
+from narsil_stream.schemas.model import DlrmDot, ModelSpec
 
 ROWS = 64
 """That a block holds."""
@@ -51,6 +51,8 @@ def shared_bytes(split: int) -> int:
 def misfit(spec: ModelSpec) -> str | None:
     """Why `fused.cu` cannot compute this model, or None when it can."""
     shape = spec.architecture
+    if not isinstance(shape, DlrmDot):
+        return "a cross network (DCNv2)"
     hidden = (*shape.bottom[:-1], *shape.top[:-1])
     if shape.dim not in (16, 32, 64):
         return f"rows of {shape.dim} values (it takes 16, 32 or 64)"

@@ -1,43 +1,23 @@
-// The forward pass in parts, for any widths and any GPU from sm_80 on; matrix products between them are cuBLASLt's.
+// DLRM with dot interaction in parts, for any widths and any GPU from sm_80 on: what stands between cuBLASLt's products.
 //
-//   pad_dense       a[b, k] = dense[b, k] for k < DENSE, 0 up to KD            dense [rows, DENSE] FP32
-//   interact_half   z[b] = [x0[b], x_i . x_j for i > j], FP16 in, FP32 sums    x0 [rows, DP], z [rows, ZP] FP16
-//   interact_float  the same in FP32                                           x0 [rows, DIM], z [rows, ZP] FP32
-//   head            logit[b] = h[b] . w + bias, score = 1 / (1 + e^-logit)     h [rows, HEAD] , w [HEAD + 1] FP32
+//   interact_half   z[b] = [x0[b], x_i . x_j for i > j]      x0 [rows, DP], z [rows, ZP], FP16 or BF16 in, FP32 sums
+//   interact_float  the same in FP32                         x0 [rows, DP], z [rows, ZP]
 //
 // x_1 ... x_F are the (pooled) rows of the tables, gathered here: they never pass through memory. Order of the products:
-// (1,0), (2,0), (2,1), (3,0) ... KD, DP, ZP are widths rounded up for aligned reads; columns past ZV = DIM + PAIRS of z
-// are zero from the start and never written. header[0] is the number of rows; rows past it are neither read nor written.
-#include "rows.cuh"
+// (1,0), (2,0), (2,1), (3,0) ... DP, ZP are widths rounded up for aligned reads; columns past ZV = DIM + PAIRS of z are
+// zero from the start and never written. Types, header, pad_dense and head: ends.cuh.
+#include "ends.cuh"
 
-#ifndef KD
-#define KD 16      // dense features, padded
+#ifndef ZP
 #define ZP 416     // width of z, padded
-#define HEAD 256   // width of the last hidden layer
-#define MLP_BYTES 2
 #endif
-
-#if MLP_BYTES == 2
-typedef __half Number;
-__device__ __forceinline__ Number number(float v) { return __float2half_rn(v); }
-__device__ __forceinline__ float value_of(Number v) { return __half2float(v); }
-#else
-typedef float Number;
-__device__ __forceinline__ Number number(float v) { return v; }
-__device__ __forceinline__ float value_of(Number v) { return v; }
-#endif
-
-extern "C" __global__ void pad_dense(const int* header, const float* dense, Number* a) {
-    const int i = blockIdx.x * blockDim.x + threadIdx.x, row = i / KD, column = i % KD;
-    if (row < header[0]) a[i] = number(column < DENSE ? dense[row * DENSE + column] : 0.f);
-}
 
 #if MLP_BYTES == 2
 constexpr int TILES = (VECTORS + 15) / 16;
 constexpr bool HOLD = TILES * 2 * HALVES2 <= 64;   // all vectors of a sample fit the registers
 
 __device__ __forceinline__ void load_tile(uint32_t (&x)[2][HALVES2], int tile, const Tables& tables, const Ids& in,
-                                          const __half* x0, int sample, int g, int t, int& bad) {
+                                          const Number* x0, int sample, int g, int t, int& bad) {
 #pragma unroll
     for (int h = 0; h < 2; ++h) {
         const int vector = 16 * tile + 8 * h + g;
@@ -55,21 +35,21 @@ __device__ __forceinline__ void load_tile(uint32_t (&x)[2][HALVES2], int tile, c
 // One warp a sample, four samples a block; z is put together in shared memory and leaves in 16-byte writes.
 extern "C" __global__ void __launch_bounds__(128)
 interact_half(const int* header, const int* ids, const int* offsets, const uint8_t* rows, const __half2* scale_bias,
-              const long long* base, const int* count, const __half* x0, __half* z, int* errors) {
-    extern __shared__ __align__(16) __half staged[];
+              const long long* base, const int* count, const Number* x0, Number* z, int* errors) {
+    extern __shared__ __align__(16) Number staged[];
     const Tables tables{rows, scale_bias, base, count};
     const Ids in{ids, offsets, errors};
     const int warp = threadIdx.x / 32, lane = threadIdx.x % 32, g = lane / 4, t = lane % 4;
     const int sample = blockIdx.x * 4 + warp;
     if (sample >= header[0]) return;
-    __half* out = staged + warp * ZP;
+    Number* out = staged + warp * ZP;
     for (int i = lane; i < DIM; i += 32) out[i] = x0[static_cast<size_t>(sample) * DP + i];
-    for (int i = DIM + PAIRS + lane; i < ZP; i += 32) out[i] = __float2half(0.f);
+    for (int i = DIM + PAIRS + lane; i < ZP; i += 32) out[i] = number(0.f);
     int bad = 0;
     auto put = [&](int row, int column, float low, float high) {
-        __half* at = out + DIM + row * (row - 1) / 2 + column;
-        if (row < VECTORS && column < row) at[0] = __float2half_rn(low);
-        if (row < VECTORS && column + 1 < row) at[1] = __float2half_rn(high);
+        Number* at = out + DIM + row * (row - 1) / 2 + column;
+        if (row < VECTORS && column < row) at[0] = number(low);
+        if (row < VECTORS && column + 1 < row) at[1] = number(high);
     };
     if constexpr (HOLD) {
         uint32_t x[TILES][2][HALVES2];
@@ -127,19 +107,3 @@ interact_float(const int* header, const int* ids, const int* offsets, const uint
     }
 }
 #endif
-
-// One warp a row.
-extern "C" __global__ void __launch_bounds__(128)
-head(const int* header, const Number* h, const float* w, float* scores, float* logits) {
-    const int row = blockIdx.x * 4 + threadIdx.x / 32, lane = threadIdx.x % 32;
-    if (row >= header[0]) return;
-    float sum = 0.f;
-    for (int k = lane; k < HEAD; k += 32) sum = fmaf(value_of(h[static_cast<size_t>(row) * HEAD + k]), w[k], sum);
-#pragma unroll
-    for (int step = 16; step; step /= 2) sum += __shfl_xor_sync(0xffffffffu, sum, step);
-    if (lane == 0) {
-        const float logit = sum + w[HEAD];
-        logits[row] = logit;
-        scores[row] = 1.f / (1.f + expf(-logit));
-    }
-}

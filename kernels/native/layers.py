@@ -1,6 +1,5 @@
-"""The forward pass in parts: our kernels around cuBLASLt's products. Any widths, any GPU, FP16, TF32 or FP32."""
+"""The forward pass in parts: our kernels around cuBLASLt's products. Any widths, any GPU, FP16, BF16, TF32 or FP32."""
 
-import itertools
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
@@ -9,62 +8,57 @@ import numpy as np
 from narsil_stream.kernels.artifact import Artifact
 from narsil_stream.kernels.native import source
 from narsil_stream.kernels.native.cublaslt import WORKSPACE_BYTES, Library, Product
-from narsil_stream.kernels.native.layout import padded, round_up
+from narsil_stream.kernels.native.layout import round_up
+from narsil_stream.kernels.native.operands import STORED, Layer, Operands, encode, operands, z_width
 from narsil_stream.kernels.native.plan import Inputs, Outputs, row_defines
 from narsil_stream.kernels.native.tables import DeviceTables
+from narsil_stream.schemas.model import DcnV2, ModelSpec
 
 _SAMPLES_A_BLOCK = 4
-
-
-class Layer(NamedTuple):
-    """Weights on the device, CuPy arrays: weight [outputs, inputs], bias [outputs], padded."""
-
-    weight: Any
-    bias: Any
-
-    @property
-    def outputs(self) -> int:
-        return int(self.weight.shape[0])
-
-    @property
-    def inputs(self) -> int:
-        return int(self.weight.shape[1])
+_THREADS = 256
+Launch = Callable[[int], None]
+"""Enqueues a product on a stream, given its address."""
 
 
 class Scratch(NamedTuple):
-    """Memory of one lane: the input of each product, the output of the last, and cuBLASLt's workspace."""
+    """Memory of one lane, CuPy arrays [rows, width] of the precision's type, and cuBLASLt's workspace."""
 
     bottom: list[Any]
+    """Input of each product of the bottom MLP."""
+    x0: Any
+    """Its output. Cross network: the vectors of all tables behind it."""
+    narrow: Any
+    """V x of a cross layer; none with dot interaction, as the next."""
+    wide: Any
+    """W V x + bias of a cross layer."""
     top: list[Any]
+    """Input of each product of the top MLP, then of the head. The first: the interaction's output."""
     workspace: Any
 
 
+class Products(NamedTuple):
+    bottom: list[Launch]
+    cross: list[tuple[Launch, Launch]]
+    top: list[Launch]
+
+
 class LayersPlan:
-    """Four kernels of `layers.cu` and one product for each hidden layer."""
+    """The kernels of `layers.cu` or `cross.cu`, a product for each hidden layer, and two for each cross layer."""
 
     name = "layers"
     reads_inputs_once = False
 
     def __init__(self, artifact: Artifact, tables: DeviceTables, precision: str, arch: str, max_rows: int) -> None:
-        """`precision`: fp16, tf32 or fp32, of the MLPs and the interaction."""
+        """`precision`: fp16, bf16, tf32 or fp32, of the MLPs and the interaction."""
         self._spec, self._tables, self._precision, self._arch = artifact.spec, tables, precision, arch
         self._max_rows = max_rows
-        self._dtype: type[np.floating[Any]] = np.float16 if precision == "fp16" else np.float32
-        shape = artifact.spec.architecture
-        self._z_width = round_up(artifact.spec.top_input, 8)
-        bottom = [
-            round_up(artifact.spec.n_dense, 16),
-            *(round_up(n, 8) for n in shape.bottom[:-1]),
-            round_up(shape.dim, 16),
-        ]
-        top = [self._z_width, *(round_up(n, 8) for n in shape.top[:-1])]
-        self._bottom = _upload(artifact, "bottom", bottom, self._dtype)
-        self._top = _upload(artifact, "top", top, self._dtype)
-        self._head = _head(artifact, top[-1])
+        self._item_bytes = np.dtype(STORED[precision]).itemsize
+        self._z_width = z_width(artifact.spec)
+        self._weights = _upload(operands(artifact), precision)
         self._library = Library()
         self._kernels: dict[bool, dict[str, Any]] = {}
         self._scratch: dict[int, Scratch] = {}
-        self._products: dict[tuple[int, int], list[Callable[[int], None]]] = {}
+        self._products: dict[tuple[int, int], Products] = {}
 
     def resize(self, max_rows: int) -> None:
         self._max_rows = max_rows
@@ -77,110 +71,146 @@ class LayersPlan:
         if lane not in self._scratch:
             self._scratch[lane] = self._allocate()
         if (rows, lane) not in self._products:
-            scratch = self._scratch[lane]
-            chain = [*zip(self._bottom, scratch.bottom, scratch.bottom[1:], strict=False)]
-            chain += [*zip(self._top, scratch.top, scratch.top[1:], strict=False)]
-            self._products[rows, lane] = [
-                self._library.plan(
-                    Product(
-                        rows=rows,
-                        inputs=layer.inputs,
-                        outputs=layer.outputs,
-                        x=x.data.ptr,
-                        w=layer.weight.data.ptr,
-                        bias=layer.bias.data.ptr,
-                        y=y.data.ptr,
-                    ),
-                    self._precision,
-                    scratch.workspace.data.ptr,
-                    stream,
-                )
-                for layer, x, y in chain
-            ]
+            self._products[rows, lane] = self._tune(rows, self._scratch[lane], stream)
 
     def enqueue(self, stream: Any, given: Inputs, out: Outputs, rows: int, lane: int) -> None:
         kernels, scratch = self._kernels[bool(given.offsets)], self._scratch[lane]
         products = self._products[rows, lane]
-        threads = rows * round_up(self._spec.n_dense, 16)
-        blocks = -(-rows // _SAMPLES_A_BLOCK)
+        bags = (given.header, given.ids, given.offsets, *self._tables.pointers)
         with stream:
-            kernels["pad_dense"]((-(-threads // 256),), (256,), (given.header, given.dense, scratch.bottom[0]))
-            for product in products[: len(self._bottom)]:
+            values = rows * round_up(self._spec.n_dense, 16)
+            kernels["pad_dense"](_grid(values), (_THREADS,), (given.header, given.dense, scratch.bottom[0]))
+            for product in products.bottom:
                 product(stream.ptr)
-            self._interact(kernels, given, scratch, out, rows)
-            for product in products[len(self._bottom) :]:
+            if products.cross:
+                kernels["gather"](_grid(4 * rows * self._spec.n_sparse), (_THREADS,), (*bags, scratch.x0, out.errors))
+                self._cross(kernels["cross"], given.header, scratch, products, rows, stream.ptr)
+            else:
+                self._interact(kernels["interact"], (*bags, scratch.x0, scratch.top[0], out.errors), rows)
+            for product in products.top:
                 product(stream.ptr)
-            kernels["head"]((blocks,), (128,), (given.header, scratch.top[-1], self._head, out.scores, out.logits))
-
-    def _interact(self, kernels: dict[str, Any], given: Inputs, scratch: Scratch, out: Outputs, rows: int) -> None:
-        args = (
-            given.header,
-            given.ids,
-            given.offsets,
-            *self._tables.pointers,
-            scratch.bottom[-1],
-            scratch.top[0],
-            out.errors,
-        )
-        kernel = kernels["interact"]
-        if self._dtype is np.float16:
             blocks = -(-rows // _SAMPLES_A_BLOCK)
-            kernel((blocks,), (128,), args, shared_mem=self._shared_bytes)
+            args = (given.header, scratch.top[-1], self._weights.head, out.scores, out.logits)
+            kernels["head"]((blocks,), (128,), args)
+
+    def _interact(self, kernel: Any, args: tuple[Any, ...], rows: int) -> None:
+        if self._item_bytes == 2:
+            kernel((-(-rows // _SAMPLES_A_BLOCK),), (128,), args, shared_mem=self._shared_bytes)
         else:
             kernel((rows,), (32,), args, shared_mem=self._shared_bytes)
+
+    def _cross(
+        self, kernel: Any, header: int, scratch: Scratch, products: Products, rows: int, stream_ptr: int
+    ) -> None:
+        """x_{l+1} = x_0 * (W V x_l + bias) + x_l, each x_l but the first in the place of the one before."""
+        chunks = rows * self._z_width * self._item_bytes // 16
+        before, after = scratch.x0, scratch.top[0]
+        for narrow, wide in products.cross:
+            narrow(stream_ptr)
+            wide(stream_ptr)
+            kernel(_grid(chunks), (_THREADS,), (header, scratch.x0, scratch.wide, before, after))
+            before = after
 
     @property
     def _shared_bytes(self) -> int:
         """Of one block of the interaction: z of four samples, or all vectors of one in FP32."""
-        if self._dtype is np.float16:
+        if self._item_bytes == 2:
             return _SAMPLES_A_BLOCK * self._z_width * 2
         return (self._spec.n_sparse + 1) * (self._spec.architecture.dim + 1) * 4
 
     def _load(self, multi_hot: bool) -> dict[str, Any]:
-        defines = row_defines(self._spec, self._tables.row_bytes, multi_hot) | {
-            "ZP": self._z_width,
-            "HEAD": int(self._head.size) - 1,
-            "MLP_BYTES": np.dtype(self._dtype).itemsize,
-        }
-        module = source.load_module("layers.cu", defines, self._arch)
-        interact = module.get_function("interact_half" if self._dtype is np.float16 else "interact_float")
-        if self._shared_bytes > 48 << 10:
-            interact.max_dynamic_shared_size_bytes = self._shared_bytes
-        return {
-            "pad_dense": module.get_function("pad_dense"),
-            "interact": interact,
-            "head": module.get_function("head"),
-        }
+        file, names = kernels_of(self._spec, self._precision)
+        defines = defines_of(self._spec, self._tables.row_bytes, multi_hot, self._precision)
+        module = source.load_module(file, defines, self._arch)
+        kernels = {key: module.get_function(name) for key, name in names.items()}
+        if "interact" in kernels and self._shared_bytes > 48 << 10:
+            kernels["interact"].max_dynamic_shared_size_bytes = self._shared_bytes
+        return kernels
 
     def _allocate(self) -> Scratch:
         import cupy
 
-        def buffers(layers: list[Layer]) -> list[Any]:
-            widths = [layers[0].inputs, *(layer.outputs for layer in layers)] if layers else [self._z_width]
-            return [cupy.zeros((self._max_rows, width), self._dtype) for width in widths]
+        def buffer(width: int) -> Any:
+            return cupy.zeros((self._max_rows, width), STORED[self._precision])
 
-        scratch = Scratch(buffers(self._bottom), buffers(self._top), cupy.empty(WORKSPACE_BYTES, np.uint8))
+        weights = self._weights
+        vectors = self._z_width if weights.cross else round_up(self._spec.architecture.dim, 16)
+        scratch = Scratch(
+            bottom=[buffer(layer.inputs) for layer in weights.bottom],
+            x0=buffer(vectors),
+            narrow=buffer(weights.cross[0][0].outputs) if weights.cross else None,
+            wide=buffer(self._z_width) if weights.cross else None,
+            top=[buffer(width) for width in (self._z_width, *(layer.outputs for layer in weights.top))],
+            workspace=cupy.empty(WORKSPACE_BYTES, np.uint8),
+        )
         cupy.cuda.runtime.deviceSynchronize()  # zeros ran on the default stream
         return scratch
 
+    def _tune(self, rows: int, scratch: Scratch, stream: Any) -> Products:
+        def plan(layer: Layer, x: Any, y: Any) -> Launch:
+            product = Product(
+                rows=rows,
+                inputs=layer.inputs,
+                outputs=layer.outputs,
+                x=x.data.ptr,
+                w=layer.weight.data.ptr,
+                bias=0 if layer.bias is None else layer.bias.data.ptr,
+                y=y.data.ptr,
+                stride=int(y.shape[1]),
+                relu=layer.relu,
+            )
+            return self._library.plan(product, self._precision, scratch.workspace.data.ptr, stream)
 
-def _upload(artifact: Artifact, part: str, widths: list[int], dtype: type[np.floating[Any]]) -> list[Layer]:
-    """Hidden layers: `widths` are padded, those of all inputs and outputs in a chain."""
-    import cupy
+        def chain(layers: list[Layer], buffers: list[Any]) -> list[Launch]:
+            return [plan(*one) for one in zip(layers, buffers[:-1], buffers[1:], strict=True)]
 
-    return [
-        Layer(
-            cupy.asarray(padded(artifact.tensors[f"{part}.{i}.weight"], (outputs, inputs), dtype)),
-            cupy.asarray(padded(artifact.tensors[f"{part}.{i}.bias"], (outputs,), dtype)),
+        cross = []
+        x = scratch.x0
+        for v, w in self._weights.cross:
+            cross.append((plan(v, x, scratch.narrow), plan(w, scratch.narrow, scratch.wide)))
+            x = scratch.top[0]
+        return Products(
+            bottom=chain(self._weights.bottom, [*scratch.bottom, scratch.x0]),
+            cross=cross,
+            top=chain(self._weights.top, scratch.top),
         )
-        for i, (inputs, outputs) in enumerate(itertools.pairwise(widths))
-    ]
 
 
-def _head(artifact: Artifact, width: int) -> Any:
-    """The last layer, FP32: its weights [width] padded, then its bias."""
+def kernels_of(spec: ModelSpec, precision: str) -> tuple[str, dict[str, str]]:
+    """The source file for a model, and its kernels by what they are for."""
+    ends = {"pad_dense": "pad_dense", "head": "head"}
+    if isinstance(spec.architecture, DcnV2):
+        return "cross.cu", ends | {"gather": "gather", "cross": "cross"}
+    half = np.dtype(STORED[precision]).itemsize == 2
+    return "layers.cu", ends | {"interact": "interact_half" if half else "interact_float"}
+
+
+def defines_of(spec: ModelSpec, row_bytes: int, multi_hot: bool, precision: str) -> dict[str, object]:
+    """The settings of `layers.cu` and `cross.cu` for a model."""
+    top = spec.architecture.top
+    return row_defines(spec, row_bytes, multi_hot) | {
+        "ZP": z_width(spec),
+        "HEAD": round_up(top[-2], 8) if len(top) > 1 else z_width(spec),
+        "MLP_BYTES": np.dtype(STORED[precision]).itemsize,
+        "BF16": int(precision == "bf16"),
+    }
+
+
+def _grid(threads: int) -> tuple[int]:
+    return (-(-threads // _THREADS),)
+
+
+def _upload(weights: Operands, precision: str) -> Operands:
+    """The same on the device, in the precision's type; the head stays FP32."""
     import cupy
 
-    last = len(artifact.spec.architecture.top) - 1
-    weight = padded(artifact.tensors[f"top.{last}.weight"][0], (width,), np.float32)
-    return cupy.asarray(np.append(weight, artifact.tensors[f"top.{last}.bias"]).astype(np.float32))
+    def moved(layer: Layer) -> Layer:
+        bias = None if layer.bias is None else cupy.asarray(encode(layer.bias, precision))
+        return Layer(cupy.asarray(encode(layer.weight, precision)), bias, layer.relu)
+
+    return Operands(
+        bottom=[moved(layer) for layer in weights.bottom],
+        cross=[(moved(v), moved(w)) for v, w in weights.cross],
+        top=[moved(layer) for layer in weights.top],
+        head=cupy.asarray(weights.head),
+    )

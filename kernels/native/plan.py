@@ -54,5 +54,6 @@ def row_defines(spec: ModelSpec, row_bytes: int, multi_hot: bool) -> dict[str, o
         "ROW_BYTES": row_bytes,
         "DENSE": spec.n_dense,
         "MULTI": int(multi_hot),
+        "MEAN": int(spec.architecture.pooling == "mean"),
         "KD": round_up(spec.n_dense, 16),
     }

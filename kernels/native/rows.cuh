@@ -9,6 +9,8 @@
 // elements [t * DP/4, (t + 1) * DP/4), loaded with 16-byte reads. That is a permutation of the columns, the same for all
 // vectors, so products do not change, and one set of registers serves as operand A (rows) and B (columns) alike.
 //
+// BF16 1: vectors on the tensor cores are BF16 instead of FP16.
+//
 // An id outside its table reads nothing: its row counts as zeros, and errors[0] becomes 1 + the table.
 #pragma once
 #ifndef __CUDACC_RTC__
@@ -27,7 +29,14 @@ typedef unsigned long long uint64_t;
 #define DIM 64        // width of a vector
 #define ROW_BYTES 1   // 4 | 2 | 1 bytes an element of a table
 #define DENSE 13      // dense features
-#define MULTI 0       // 0: one id for each table; 1: bags of ids, summed
+#define MULTI 0       // 0: one id for each table; 1: bags of ids, pooled
+#define MEAN 0        // 0: bags are summed; 1: averaged
+#endif
+#ifndef BF16
+#define BF16 0
+#endif
+#if BF16
+#include <cuda_bf16.h>
 #endif
 
 constexpr int DP = (DIM + 15) / 16 * 16;
@@ -57,7 +66,11 @@ struct Raw {                        // what a lane reads of one row
 };
 
 __device__ __forceinline__ uint32_t pack(float low, float high) {
+#if BF16
+    __nv_bfloat162 h = __floats2bfloat162_rn(low, high);
+#else
     __half2 h = __floats2half2_rn(low, high);
+#endif
     return *reinterpret_cast<uint32_t*>(&h);
 }
 
@@ -148,10 +161,15 @@ __device__ __forceinline__ void decode(const Raw& raw, int t, float (&value)[QUA
     }
 }
 
-// The same as FP16 pairs. INT8: 0x6400 | q is the half 1024 + q, so one subtraction and one fused multiply-add give
-// q * scale + bias with a single rounding.
+// The same as pairs for the tensor cores. INT8 to FP16: 0x6400 | q is the half 1024 + q, so one subtraction and one fused
+// multiply-add give q * scale + bias with a single rounding.
 __device__ __forceinline__ void decode(const Raw& raw, int t, uint32_t (&half)[HALVES2]) {
-    if constexpr (ROW_BYTES == 1) {
+    if constexpr (BF16) {
+        float value[QUARTER];
+        decode(raw, t, value);
+#pragma unroll
+        for (int i = 0; i < HALVES2; ++i) half[i] = pack(value[2 * i], value[2 * i + 1]);
+    } else if constexpr (ROW_BYTES == 1) {
         const __half2 scale = __low2half2(as_half2(raw.scale_bias)), bias = __high2half2(as_half2(raw.scale_bias));
         const __half2 offset = as_half2(0x64006400u);
 #pragma unroll
@@ -171,7 +189,7 @@ __device__ __forceinline__ void decode(const Raw& raw, int t, uint32_t (&half)[H
     }
 }
 
-// Quarter t of the pooled vector of `table` for one sample: value = the sum of its bag's rows, in FP32.
+// Quarter t of the pooled vector of `table` for one sample: value = the sum or mean of its bag's rows, in FP32.
 __device__ __forceinline__ void pooled(const Tables& tables, const Ids& in, int sample, int table, int t,
                                        float (&value)[QUARTER], int& bad) {
     Raw raw;
@@ -182,13 +200,18 @@ __device__ __forceinline__ void pooled(const Tables& tables, const Ids& in, int 
         const Place place = place_of(tables, table);
 #pragma unroll
         for (int i = 0; i < QUARTER; ++i) value[i] = 0.f;
-        const int bag = sample * F + table, end = __ldg(in.offsets + bag + 1);
-        for (int at = __ldg(in.offsets + bag); at < end; ++at) {
+        const int bag = sample * F + table, start = __ldg(in.offsets + bag), end = __ldg(in.offsets + bag + 1);
+        for (int at = start; at < end; ++at) {
             float row[QUARTER];
             fetch(raw, tables, place, table, __ldg(in.ids + at), t, bad);
             decode(raw, t, row);
 #pragma unroll
             for (int i = 0; i < QUARTER; ++i) value[i] += row[i];
+        }
+        if (MEAN && end > start) {
+            const float share = 1.f / (end - start);
+#pragma unroll
+            for (int i = 0; i < QUARTER; ++i) value[i] *= share;
         }
     }
 }
@@ -207,11 +230,17 @@ __device__ __forceinline__ void pooled(const Tables& tables, const Ids& in, int 
     }
 }
 
-// c += a b: a 16 x 16 row-major, b 16 x 8 column-major, FP16 in, FP32 out.
+#if BF16
+#define MMA_OPERANDS "bf16.bf16"
+#else
+#define MMA_OPERANDS "f16.f16"
+#endif
+
+// c += a b: a 16 x 16 row-major, b 16 x 8 column-major, FP16 or BF16 in, FP32 out.
 __device__ __forceinline__ void mma(float (&c)[4], uint32_t a0, uint32_t a1, uint32_t a2, uint32_t a3, uint32_t b0,
                                     uint32_t b1) {
     asm(
-        "mma.sync.aligned.m16n8k16.row.col.f32.f16.f16.f32 {%0,%1,%2,%3}, {%4,%5,%6,%7}, {%8,%9}, {%0,%1,%2,%3};"
+        "mma.sync.aligned.m16n8k16.row.col.f32." MMA_OPERANDS ".f32 {%0,%1,%2,%3}, {%4,%5,%6,%7}, {%8,%9}, {%0,%1,%2,%3};"
         : "+f"(c[0]), "+f"(c[1]), "+f"(c[2]), "+f"(c[3])
         : "r"(a0), "r"(a1), "r"(a2), "r"(a3), "r"(b0), "r"(b1));
 }

@@ -10,7 +10,8 @@ from pathlib import Path
 from typing import Any
 
 HERE = Path(__file__).parent
-_INCLUDED = ("rows.cuh", "hopper.cuh", "block.cuh", "gather.cuh")
+_INCLUDED = ("ends.cuh", "rows.cuh", "hopper.cuh", "block.cuh", "gather.cuh")
+"""Each before those that it includes."""
 _HEADER = "cuda_fp16.h"
 
 

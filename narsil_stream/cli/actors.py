@@ -87,6 +87,7 @@ def batcher(loaded: Loaded, token: str) -> None:
 @config_options(
     *MODELS,
     "backend",
+    "precision",
     "nats",
     "executor",
     "timing",
@@ -134,8 +135,8 @@ async def _start_executor(runtime: Runtime) -> None:
     from narsil_stream.kernels import families
 
     config = runtime.config
-    choice, artifacts = families.choose(config.backend), repository(config)
-    await runtime.start(lambda: Executor(config, runtime.bus, artifacts, choice.load))
+    loader, artifacts = families.loader(config.backend, config.precision), repository(config)
+    await runtime.start(lambda: Executor(config, runtime.bus, artifacts, loader))
 
 
 def repository(config: Config) -> "Repository":
@@ -204,10 +205,11 @@ def _run(loaded: Loaded, role: str, start: Start, token: str) -> None:
                 return await runtime.until_stopped(watch_stdin=bool(token))
 
     from narsil_stream.kernels.artifact import ArtifactError
+    from narsil_stream.kernels.families import Unfit
 
     try:
         code = uvloop.run(life())
-    except ArtifactError as error:
+    except (ArtifactError, Unfit) as error:
         raise Hopeless(str(error)) from None
     except PortTaken as error:
         raise click.ClickException(str(error)) from None

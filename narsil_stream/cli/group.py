@@ -22,7 +22,7 @@ class Entry(NamedTuple):
 COMMANDS = (
     Entry("Run", "serve", "narsil_stream.cli.serve:serve", "Run the whole pipeline on this machine."),
     Entry("Run one part", "broker", "narsil_stream.cli.broker:broker", "Run a NATS broker."),
-    Entry("Run one part", "gateway", "narsil_stream.cli.actors:gateway", "Run an HTTP gateway."),
+    Entry("Run one part", "gateway", "narsil_stream.cli.actors:gateway", "Run a gateway: HTTP, gRPC, or both."),
     Entry("Run one part", "batcher", "narsil_stream.cli.actors:batcher", "Run a batcher."),
     Entry("Run one part", "executor", "narsil_stream.cli.actors:executor", "Run an executor: it holds a model."),
     Entry("Use", "model", "narsil_stream.cli.model:model", "Make, inspect and check model artifacts."),
@@ -30,6 +30,7 @@ COMMANDS = (
     Entry("Use", "request", "narsil_stream.cli.request:request", "Send one request and print the answer."),
     Entry("Use", "client-example", "narsil_stream.cli.client_example:client_example", "Print a client to start from."),
     Entry("Use", "token", "narsil_stream.cli.token:token", "Make a bearer token for the gateways."),
+    Entry("Use", "bench", "narsil_stream.cli.bench:bench", "Measure how fast this machine computes."),
     Entry("Use", "config", "narsil_stream.cli.config:config", "Show the effective configuration."),
 )
 

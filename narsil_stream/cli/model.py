@@ -1,94 +1,27 @@
-"""`narsil model`: make, train, shrink, look at and check artifacts."""
+"""`narsil model`: make, train, import, shrink, look at and check artifacts."""
 
-import functools
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, ParamSpec, TypeVar
+from typing import TYPE_CHECKING, Any
 
 import rich_click as click
+
+from narsil_stream.cli.model_errors import plain_errors
+from narsil_stream.cli.model_exchange import export, import_
+from narsil_stream.cli.model_shape import Shape, shape_options
 
 if TYPE_CHECKING:
     from narsil_stream.kernels.train import Watch
     from narsil_stream.schemas.model import ModelSpec, RowType
 
-P = ParamSpec("P")
-R = TypeVar("R")
-
 _folder = click.Path(path_type=Path)
-
-
-def _widths(ctx: click.Context, param: click.Parameter, value: str) -> tuple[int, ...]:
-    """Comma-separated layer widths; an empty text means no layer."""
-    try:
-        widths = tuple(int(part) for part in value.split(",")) if value else ()
-    except ValueError:
-        widths = (0,)
-    if not all(1 <= width <= 65_536 for width in widths):
-        raise click.BadParameter(f"{value!r}: expected numbers from 1 to 65536 with commas between, e.g. 64,32")
-    return widths
-
-
-def _plain_errors(command: Callable[P, R]) -> Callable[P, R]:
-    """Faults of artifacts and files end in one message and exit code 1."""
-
-    @functools.wraps(command)
-    def run(*args: P.args, **kwargs: P.kwargs) -> R:
-        from narsil_stream.kernels.artifact import ArtifactError
-        from narsil_stream.kernels.train import TrainError
-
-        try:
-            return command(*args, **kwargs)
-        except BrokenPipeError:
-            raise  # click ends quietly when the reader of a pipe has left
-        except (ArtifactError, TrainError, OSError) as error:
-            raise click.ClickException(str(error)) from None
-
-    return run
-
-
-def _shape_options(command: Callable[P, R]) -> Callable[P, R]:
-    """What `init` and `train` have in common: how the model is built, and where it goes."""
-    rows = click.IntRange(1, 2**31 - 1)
-    options = [
-        click.option(
-            "--name", default="dlrm", show_default=True, help="Under which it is served: letters, digits, _, -."
-        ),
-        click.option("--version", default="1", show_default=True, help="Of the model, same letters."),
-        click.option("--rows", type=rows, default=10_000, show_default=True, help="Rows of each embedding table."),
-        click.option(
-            "--dim", type=click.IntRange(1, 65_536), default=16, show_default=True, help="Width of an embedding row."
-        ),
-        click.option(
-            "--bottom",
-            callback=_widths,
-            metavar="WIDTHS",
-            default="64",
-            show_default=True,
-            help="Hidden layers for dense features.",
-        ),
-        click.option(
-            "--top",
-            callback=_widths,
-            metavar="WIDTHS",
-            default="64,32",
-            show_default=True,
-            help="Hidden layers after interaction.",
-        ),
-        click.option(
-            "--seed", type=click.IntRange(0), default=0, show_default=True, help="The same gives the same model."
-        ),
-        click.option("--overwrite", is_flag=True, help="Replace an artifact that stands there."),
-    ]
-    for option in reversed(options):
-        command = option(command)
-    return command
 
 
 @click.group(context_settings={"help_option_names": ["-h", "--help"]})
 def model() -> None:
-    """Make, train, shrink, inspect and check model artifacts.
+    """Make, import, train, shrink, inspect and check model artifacts.
 
     An artifact is a folder: model.json says what the model is, weights.safetensors holds its numbers. Nothing in it
     ever executes.
@@ -103,9 +36,13 @@ def model() -> None:
     """
 
 
+model.add_command(import_)
+model.add_command(export)
+
+
 @model.command()
 @click.argument("folder", type=_folder)
-@_shape_options
+@shape_options
 @click.option(
     "--dense", type=click.IntRange(1, 65_536), default=13, show_default=True, help="Number of dense features."
 )
@@ -113,63 +50,43 @@ def model() -> None:
 @click.option(
     "--precision", type=click.Choice(["FP32", "FP16", "INT8"]), default="FP32", show_default=True, help="Of table rows."
 )
-@_plain_errors
-def init(
-    folder: Path,
-    name: str,
-    version: str,
-    rows: int,
-    dim: int,
-    bottom: tuple[int, ...],
-    top: tuple[int, ...],
-    seed: int,
-    overwrite: bool,
-    dense: int,
-    tables: int,
-    precision: "RowType",
-) -> None:
+@plain_errors
+def init(folder: Path, shape: Shape, seed: int, overwrite: bool, dense: int, tables: int, precision: "RowType") -> None:
     """Write a model with random weights: to try the pipeline or to measure it.
 
     Scores differ between rows and do not saturate. With 13 dense features and 26 tables it reads Criteo rows.
 
     Example: narsil model init models/big --rows 1000000 --dim 64 --bottom 512,256 --top 512,512,256 --precision INT8
+    or, after MLPerf's DLRM-v2, with --architecture dcn-v2 --cross-rank 512 --dim 128 --top 1024,1024,512,256
     """
     from narsil_stream.kernels.artifact import need_free, write
-    from narsil_stream.kernels.init import plain_spec, random_model
+    from narsil_stream.kernels.init import random_model
 
     need_free(folder, overwrite)
-    spec = plain_spec(name, dense, [rows] * tables, dim, bottom, top, precision, version)
+    spec = shape.spec(dense, tables, precision)
     write(folder, random_model(spec, seed), overwrite=overwrite)
-    click.echo(f"Wrote {name} to {folder}. Serve it: narsil serve --model {folder}")
+    click.echo(f"Wrote {spec.name} to {folder}. Serve it: narsil serve --model {folder}")
 
 
 @model.command()
 @click.argument("data", type=click.Path(path_type=Path))
 @click.argument("folder", type=_folder)
-@_shape_options
+@shape_options
 @click.option("--epochs", type=click.IntRange(1), default=1, show_default=True, help="Passes over the data.")
 @click.option("--batch-rows", type=click.IntRange(1), default=512, show_default=True, help="Rows in one step.")
 @click.option(
-    "--learning-rate", type=click.FloatRange(0, min_open=True), default=0.02, show_default=True, help="Of Adagrad."
+    "--learning-rate",
+    type=click.FloatRange(0, min_open=True),
+    default=0.02,
+    show_default=True,
+    help="Of Adagrad. Wide cross networks: 0.005.",
 )
 @click.option(
     "--holdout-every", type=click.IntRange(2), default=10, show_default=True, help="Measure on every so many lines."
 )
 @click.option("--skip-bad", is_flag=True, help="Leave out bad rows and count them, instead of ending at the first.")
-@_plain_errors
-def train(
-    data: Path,
-    folder: Path,
-    name: str,
-    version: str,
-    rows: int,
-    dim: int,
-    bottom: tuple[int, ...],
-    top: tuple[int, ...],
-    seed: int,
-    overwrite: bool,
-    **settings: Any,
-) -> None:
+@plain_errors
+def train(data: Path, folder: Path, shape: Shape, seed: int, overwrite: bool, **settings: Any) -> None:
     """Train a model on labelled Criteo rows (a file: label, I1 to I13, C1 to C26, TAB between) and write it to FOLDER.
 
     Every tenth line is held out; AUC and log loss on these are printed, and kept in the artifact. Needs torch.
@@ -177,15 +94,15 @@ def train(
     Example: narsil model train day_0.tsv models/ctr --name ctr --rows 100000 --epochs 2
     """
     from narsil_stream.kernels import train as training
-    from narsil_stream.kernels.init import plain_spec
+    from narsil_stream.schemas.model import CRITEO_SHAPE
 
-    spec = plain_spec(name, 13, [rows] * 26, dim, bottom, top, version=version)
+    spec = shape.spec(*CRITEO_SHAPE)
     with _training_bar() as watch:
         trained = training.train(
             data, folder, spec, training.Settings(seed=seed, **settings), watch, overwrite=overwrite
         )
     click.echo(_metrics_line(trained))
-    click.echo(f"Wrote {name} to {folder}. Serve it: narsil serve --model {folder}")
+    click.echo(f"Wrote {spec.name} to {folder}. Serve it: narsil serve --model {folder}")
 
 
 @model.command()
@@ -198,7 +115,7 @@ def train(
     "--rows", type=click.IntRange(1), default=10_000, show_default=True, help="Random rows to compare the scores on."
 )
 @click.option("--overwrite", is_flag=True, help="Replace an artifact that stands at TARGET.")
-@_plain_errors
+@plain_errors
 def quantize(source: Path, target: Path, dtype: "RowType", rows: int, overwrite: bool) -> None:
     """Write the model in SOURCE with smaller embedding rows to TARGET, and say what that does to its scores.
 
@@ -231,7 +148,7 @@ def quantize(source: Path, target: Path, dtype: "RowType", rows: int, overwrite:
 @model.command()
 @click.argument("folder", type=_folder)
 @click.option("--json", "as_json", is_flag=True, help="Print JSON, for scripts.")
-@_plain_errors
+@plain_errors
 def inspect(folder: Path, as_json: bool) -> None:
     """Show what a model is: tables, layers, sizes, precision, metrics. Reads model.json alone, so it is always quick.
 
@@ -253,7 +170,7 @@ def inspect(folder: Path, as_json: bool) -> None:
 
 @model.command()
 @click.argument("folder", type=_folder)
-@_plain_errors
+@plain_errors
 def verify(folder: Path) -> None:
     """Check every byte of an artifact: sha256, names, types and shapes of all tensors, no NaN. Exit code 1 if unfit.
 
@@ -273,7 +190,7 @@ def verify(folder: Path) -> None:
 @click.option("--rows", type=click.IntRange(1), default=100_000, show_default=True, help="How many.")
 @click.option("--seed", type=click.IntRange(0), default=0, show_default=True, help="Another draws other rows.")
 @click.option("--labels/--no-labels", default=True, show_default=True, help="Whether rows begin with their label.")
-@_plain_errors
+@plain_errors
 def synthesize(file: Any, rows: int, seed: int, labels: bool) -> None:
     """Write synthetic click rows in Criteo's format to FILE (- for standard output).
 

@@ -8,7 +8,7 @@ from rich.console import Group, RenderableType
 from rich.table import Table as Grid
 
 from narsil_stream.kernels.artifact import layout, table_layout
-from narsil_stream.schemas.model import ModelSpec, Table
+from narsil_stream.schemas.model import Architecture, DcnV2, ModelSpec, Table
 
 
 def described(spec: ModelSpec) -> dict[str, Any]:
@@ -48,16 +48,22 @@ def _overview(spec: ModelSpec, facts: dict[str, Any]) -> Grid:
     grid = Grid(title=f"{spec.name}, version {spec.version}", title_justify="left", show_header=False)
     grid.add_column()
     grid.add_column(overflow="fold")
-    grid.add_row("kind", f"DLRM, dot interaction, {shape.pooling} pooling")
+    grid.add_row("kind", f"DLRM, {_interaction(shape)}, {shape.pooling} pooling")
     grid.add_row("inputs", f"{spec.n_dense} dense, {spec.n_sparse} sparse")
     grid.add_row("preprocessing", spec.preprocessing.kind if spec.preprocessing else "none")
     grid.add_row("bottom MLP", "-".join(map(str, (spec.n_dense, *shape.bottom))))
+    if isinstance(shape, DcnV2):
+        grid.add_row("cross network", f"{shape.cross_layers} layers of rank {shape.cross_rank}, width {spec.top_input}")
     grid.add_row("top MLP", "-".join(map(str, (spec.top_input, *shape.top))))
     grid.add_row("parameters", f"{facts['parameters']:,}")
     grid.add_row("size", f"{size(facts['bytes'])}, of which tables {size(facts['table_bytes'])}")
     for name, sha256 in spec.files.items():
         grid.add_row(f"sha256 of {name}", sha256)
     return grid
+
+
+def _interaction(shape: Architecture) -> str:
+    return "cross network (DCNv2)" if isinstance(shape, DcnV2) else "dot interaction"
 
 
 def _tables(spec: ModelSpec) -> Grid:

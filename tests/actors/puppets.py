@@ -57,11 +57,13 @@ class Batcher:
         total: int = 2,
         state: str = "up",
         models: tuple[ModelKey, ...] = (MODEL,),
+        retiring: tuple[ModelKey, ...] = (),
     ) -> None:
         """A beat of an executor that leases `slots`, and `busy` ones, to this batcher."""
         leases = [*(Lease("b", slot, False) for slot in slots), *(Lease("b", slot, True) for slot in busy)]
-        refs = tuple(ModelRef(*key) for key in models)
-        self._sort(self.policy.beat(ExecutorBeat(executor, refs, total, tuple(leases), state), self.now))
+        refs, going = (tuple(ModelRef(*key) for key in keys) for keys in (models, retiring))
+        beat = ExecutorBeat(executor, refs, total, tuple(leases), state, going)
+        self._sort(self.policy.beat(beat, self.now))
 
     def offer(self, *tickets: Ticket) -> tuple[Ticket, ...]:
         for one in tickets:

@@ -11,7 +11,9 @@ import pytest
 from msgspec.structs import replace
 
 from narsil_stream.core.config import Config
+from narsil_stream.kernels import reference
 from narsil_stream.kernels.artifact import WEIGHTS, write
+from narsil_stream.kernels.backend import Backend
 from narsil_stream.kernels.init import criteo_spec, random_model
 from narsil_stream.schemas import codec
 from narsil_stream.schemas.errors import Fault, Refused
@@ -208,6 +210,27 @@ def test_what_was_admitted_before_an_unload_is_answered_and_what_comes_later_is_
         unloading.result(20)
 
 
+def test_requests_are_never_scored_by_weights_that_they_were_not_checked_for(
+    start: Start, nats_server: NatsServer, repository: Path
+) -> None:
+    """An id that the old table has and the new one has not would read past its end."""
+    make(repository / "m", "m", rows=1_000)
+    rows = some_rows(repository / "m", 8)
+    gate = Gate()
+    system = start(load="m", loader=gate.load)
+    with Door(nats_server.url) as door, ThreadPoolExecutor(1) as threads:
+        with gate.closed():
+            asked = [door.ask("m", request(rows.part(row))) for row in range(8)]
+            until(lambda: gate.waiting, "a batch")
+            make(repository / "m", "m", seed=2, rows=5)
+            loading = threads.submit(door.load, "m")
+            (executor,) = system.actors("executor")
+            until(lambda: executor._shelf.retiring, "the new weights")
+            until(lambda: ask(door, "m", rows.part(0)).fault == Fault.INVALID_ARGUMENT.name, "checked for the new ones")
+        assert all(scored(future.result(20), rows.part(row)) for row, future in enumerate(asked))
+        loading.result(20)
+
+
 def test_loads_of_one_model_at_once_read_it_once(start: Start, nats_server: NatsServer, repository: Path) -> None:
     """Several deployers that retry must not fill the memory with copies."""
     model = make(repository / "m", "m")
@@ -269,6 +292,29 @@ def test_a_damaged_artifact_is_named_and_the_old_weights_go_on(
         assert refusal(door.load, "m").fault is Fault.INTERNAL
         (reason,) = (entry.reason for entry in door.do(door.inference.index(False)) if entry.state == "UNAVAILABLE")
         assert "expected" in reason and str(tmp_path) not in reason
+
+
+def test_a_backend_that_fails_to_load_is_no_end_of_the_executor(
+    start: Start, nats_server: NatsServer, repository: Path
+) -> None:
+    """A device without room for a second model must go on with the first."""
+    first = make(repository / "first", "first")
+    make(repository / "second", "second")
+
+    def load(artifact: Path) -> Backend:
+        if artifact.name == "second":
+            raise MemoryError("secret address 0x1234")
+        return reference.load(artifact)
+
+    start(load="*", loader=load)
+    rows = some_rows(first, 1)
+    with Door(nats_server.url) as door:
+        refused = refusal(door.load, "second")
+        assert refused.fault is Fault.INTERNAL
+        assert "MemoryError" in refused.detail and "secret" not in refused.detail
+        assert scored(ask(door, "first", rows), rows)
+        assert door.index() == {("first", "1"): "READY", ("second", "1"): "UNAVAILABLE"}
+        assert "MemoryError" in door.reason("second", "1")
 
 
 def test_a_model_that_is_not_there_is_told_with_what_there_is(

@@ -742,3 +742,41 @@ def test_who_has_all_slots_does_not_ask():
     batcher.offer(*(ticket(rows=8) for _ in range(3)))
     batcher.decide()
     assert batcher.pleas == []
+
+
+def test_a_model_on_its_way_out_computes_what_waits_and_takes_no_more():
+    """An unload under load would lose the queue, or never end."""
+    batcher = one_executor(S0)
+    batcher.offer(*(ticket(rows=8) for _ in range(2)))
+    (first,) = batcher.decide()
+    batcher.hear("e1", busy=(S0,), models=(), retiring=(MODEL,))
+    assert batcher.refuses(ticket()).fault is Fault.UNAVAILABLE
+    assert batcher.policy.finishing() == [MODEL]
+    batcher.answer(first, grant=S1)
+    (second,) = batcher.decide()
+    assert not batcher.drops
+    assert batcher.policy.finishing() == [MODEL]
+    batcher.answer(second)
+    assert batcher.policy.finishing() == []
+
+
+def test_a_model_that_another_executor_offers_is_not_on_its_way_out():
+    """Each executor would wait for the other one before it frees the memory."""
+    batcher = one_executor(S0)
+    batcher.offer(ticket())
+    batcher.hear("e1", models=(), retiring=(MODEL,))
+    batcher.hear("e2")
+    batcher.offer(ticket())
+    assert batcher.policy.finishing() == []
+
+
+def test_new_weights_of_one_version_have_a_queue_of_their_own():
+    """What was checked against the old ones must not reach the new ones."""
+    new = MODEL._replace(digest="new")
+    batcher = one_executor()
+    batcher.hear("e1", models=(new,), retiring=(MODEL,))
+    batcher.offer(ticket(model=new))
+    assert batcher.refuses(ticket(model=MODEL)).fault is Fault.UNAVAILABLE
+    batcher.hear("e1", S0, models=(new,), retiring=(MODEL,))
+    (sent,) = batcher.decide()
+    assert sent.model == new

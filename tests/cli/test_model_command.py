@@ -17,6 +17,7 @@ from narsil_stream.cli.model_view import as_table, described, size
 from narsil_stream.core.criteo import Parser
 from narsil_stream.kernels.artifact import MODEL, WEIGHTS, read, read_spec
 from narsil_stream.kernels.init import plain_spec
+from narsil_stream.schemas.model import DcnV2
 
 
 def run(*args: object) -> Result:
@@ -44,7 +45,7 @@ def test_help_teaches_by_one_example_each_and_imports_no_numerics() -> None:
     code = (
         "import sys; from click.testing import CliRunner; from narsil_stream.cli.model import model;"
         "runs = [CliRunner().invoke(model, [*name, '--help']).output for name in [[], *([n] for n in model.commands)]];"
-        "assert len(runs) == 7 and all('Example' in out for out in runs), runs;"
+        "assert len(runs) == 9 and all('Example' in out for out in runs), runs;"
         "assert not {'numpy', 'torch', 'safetensors'} & set(sys.modules)"
     )
     done = subprocess.run([sys.executable, "-c", code], check=False, capture_output=True, text=True)
@@ -81,6 +82,31 @@ def test_every_part_of_a_models_shape_can_be_chosen(tmp_path: Path) -> None:
     assert (spec.n_dense, spec.version, spec.preprocessing) == (5, "v2", None)
     assert (spec.architecture.bottom, spec.architecture.top) == ((7, 6, 2), (4, 1))
     assert [(table.name, table.rows, table.dtype) for table in spec.tables] == [(f"C{i}", 9, "INT8") for i in (1, 2, 3)]
+
+
+def test_a_cross_network_is_a_choice_of_one_option(tmp_path: Path) -> None:
+    """DCNv2 is the model of MLPerf: measured, trained and served like the other."""
+    small = ("--rows", 9, "--dim", 2, "--top", "4")
+    assert run("init", tmp_path / "m", "--architecture", "dcn-v2", *small).exit_code == 0
+    assert read(tmp_path / "m").spec.architecture == DcnV2(13, 2, (64, 2), (4, 1), cross_layers=3, cross_rank=64)
+    options = ("--architecture", "dcn-v2", "--cross-layers", 2, "--cross-rank", 5, "--pooling", "mean")
+    assert run("init", tmp_path / "n", *options, *small).exit_code == 0
+    spec = read(tmp_path / "n").spec
+    assert spec.architecture == DcnV2(13, 2, (64, 2), (4, 1), "mean", cross_layers=2, cross_rank=5)
+    shown = run("inspect", tmp_path / "n").stdout
+    for text in ("cross network (DCNv2), mean pooling", "2 layers of rank 5, width 54", "54-4-1"):
+        assert text in shown
+    assert run("quantize", tmp_path / "n", tmp_path / "q", "--rows", 50).exit_code == 0
+    assert run("verify", tmp_path / "q").stdout.startswith("OK: dlrm version 1, 66 tensors, ")
+
+
+@pytest.mark.parametrize("option", ["--cross-layers", "--cross-rank"])
+def test_options_of_a_cross_network_without_one_are_refused(tmp_path: Path, option: str) -> None:
+    """Who sets a rank and gets dot products would measure the wrong model."""
+    result = run("init", tmp_path / "m", option, 2)
+    assert result.exit_code == 2
+    assert f"{option} needs --architecture dcn-v2" in result.stderr
+    assert not (tmp_path / "m").exists()
 
 
 @pytest.mark.parametrize("widths", ["64,", "a", "0", "64;32", "70000"])

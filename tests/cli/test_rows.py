@@ -10,11 +10,11 @@ import pytest
 
 from narsil_stream.cli import rows as module
 from narsil_stream.cli.rows import Arrays, InputError, Part
-from narsil_stream.schemas.model import Architecture, ModelSpec, Table
+from narsil_stream.schemas.model import DlrmDot, ModelSpec, Table
 
 SPEC = ModelSpec(
     name="m",
-    architecture=Architecture(dense=2, dim=4, bottom=(4,), top=(1,)),
+    architecture=DlrmDot(dense=2, dim=4, bottom=(4,), top=(1,)),
     tables=(Table(name="a", rows=10), Table(name="b", rows=5)),
 )
 DENSE = np.arange(12, dtype=np.float32).reshape(6, 2)

@@ -17,7 +17,7 @@ from numpy.typing import NDArray
 from narsil_stream.cli import score as command
 from narsil_stream.kernels.artifact import write
 from narsil_stream.kernels.init import criteo_spec, random_batch, random_model
-from narsil_stream.schemas.model import Architecture, ModelSpec, Table
+from narsil_stream.schemas.model import DlrmDot, ModelSpec, Table
 from tests.support import NatsServer, System, expected, invoke, narsil, plain_environ, until
 
 TABLE_ROWS = 1000
@@ -310,7 +310,7 @@ def plain_model(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A model that does not say how text becomes its inputs."""
     spec = ModelSpec(
         name="plain",
-        architecture=Architecture(dense=3, dim=4, bottom=(4,), top=(4, 1)),
+        architecture=DlrmDot(dense=3, dim=4, bottom=(4,), top=(4, 1)),
         tables=tuple(Table(name=f"t{i}", rows=rows) for i, rows in enumerate((50, 7, 90))),
     )
     folder = tmp_path_factory.mktemp("models") / "plain"

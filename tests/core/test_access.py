@@ -62,9 +62,9 @@ def test_a_verb_is_open_to_the_scopes_that_it_needs_and_to_no_other(verb: str, f
         assert fault(guard, header, verb) is (None if need is Need.NOTHING else Fault.UNAUTHENTICATED)
 
 
-def test_only_liveness_and_readiness_are_open_to_all():
-    """Probes have no token; all else says something about the models."""
-    assert {verb for verb, need in VERBS.items() if need is Need.NOTHING} == {"ServerLive", "ServerReady"}
+def test_only_health_and_the_protocol_itself_are_open_to_all():
+    """Probes have no token, and the documents are the same everywhere; all else says something about the models."""
+    assert {verb for verb, need in VERBS.items() if need is Need.NOTHING} == {"ServerLive", "ServerReady", "Documents"}
     assert {verb for verb, need in VERBS.items() if need is Need.ADMIN} == {
         "RepositoryModelLoad",
         "RepositoryModelUnload",

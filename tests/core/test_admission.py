@@ -17,7 +17,7 @@ from narsil_stream.kernels.reference import Reference
 from narsil_stream.schemas import codec
 from narsil_stream.schemas.codec import Spelling, tensor
 from narsil_stream.schemas.errors import Fault, Refused
-from narsil_stream.schemas.model import Architecture, ModelSpec, Table
+from narsil_stream.schemas.model import DlrmDot, ModelSpec, Table
 from narsil_stream.schemas.wire import InferRequest, Tensor
 
 TABLES = (7, 1, 30)
@@ -27,7 +27,7 @@ LARGE = 2**31 - 1
 def spec(*rows: int) -> ModelSpec:
     return ModelSpec(
         name="small",
-        architecture=Architecture(dense=2, dim=4, bottom=(4,), top=(1,)),
+        architecture=DlrmDot(dense=2, dim=4, bottom=(4,), top=(1,)),
         tables=tuple(Table(f"t{i}", n) for i, n in enumerate(rows)),
     )
 

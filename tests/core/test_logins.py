@@ -2,6 +2,7 @@
 
 import asyncio
 import os
+import re
 import subprocess
 from pathlib import Path
 
@@ -50,6 +51,29 @@ def test_a_login_is_let_in(way: str, tmp_path: Path):
     login = WAYS[way](tmp_path)
     with NatsServer(*login.options(tmp_path)) as server:
         assert answer(NatsConfig(url=server.url, **login.good)) == b"answer"
+
+
+@pytest.mark.parametrize(("way", "inbox"), [("nkey", r"\.U[A-Z2-7]{55}"), ("creds", r"\.U[A-Z2-7]{55}"), ("token", "")])
+def test_answers_come_below_the_public_key_of_a_login_that_has_one(way: str, inbox: str, tmp_path: Path):
+    """Only then can a broker keep others from listening to them."""
+
+    async def scene() -> list[str]:
+        bus = Bus(NatsConfig(url=server.url, **login.good), "test")
+        await bus.connect(TIMEOUT_S * 10)
+        asked: list[str] = []
+        try:
+            await bus.subscribe("question", lambda message: asked.append(message.reply))
+            with pytest.raises(Refused):
+                await bus.request("question", timeout=0.2)
+            return [bus.new_inbox(), bus.new_inbox(), *asked]
+        finally:
+            await bus.close()
+
+    login = WAYS[way](tmp_path)
+    with NatsServer(*login.options(tmp_path)) as server:
+        inboxes = asyncio.run(scene())
+    assert len(set(inboxes)) == len(inboxes)
+    assert all(re.fullmatch(rf"_INBOX\.narsil{inbox}\.\w{{16,}}[.\w]*", one) for one in inboxes), inboxes
 
 
 @pytest.mark.parametrize("way", logins.SECRETS)

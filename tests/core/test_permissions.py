@@ -6,12 +6,14 @@ import inspect
 import json
 import stat
 from collections.abc import Iterator, Mapping
+from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import msgspec
 import nats
 import pytest
+from nats.aio.subscription import Subscription
 
 from narsil_stream.core.broker_init import CONFIG, User, init
 from narsil_stream.core.client import BlockingClient
@@ -213,14 +215,18 @@ def test_the_whole_system_works_with_a_key_for_each_part(tmp_path: Path, criteo_
                         for kind in ("batcher", "executor"):
                             system.submit(system.runtimes[kind][0].drain()).result(20)
             with Producer(broker.url, **broker.raw("admin")) as admin:
-                heard, reporting = admin.listen(subjects.REPORT), set[str]()
-                while reporting < {"executor", "batcher", "gateway"}:
-                    reporting.add(msgspec.msgpack.decode(admin.next(heard).data, type=Report).kind)
+                until(partial(_all_report, admin, admin.listen(subjects.REPORT), set()), "each part reports")
                 for verb in ("PING", "INFO", "STATS"):
                     answers = [json.loads(message.data) for message in admin.ask_all(f"$SRV.{verb}", count=3)]
                     kinds = {answer["name"] for answer in answers}
                     assert kinds == {"narsil-executor", "narsil-batcher", "narsil-gateway"}
         assert broker.violations() == []
+
+
+def _all_report(admin: Producer, heard: Subscription, kinds: set[str]) -> bool:
+    """Takes one more report in."""
+    kinds.add(msgspec.msgpack.decode(admin.next(heard).data, type=Report).kind)
+    return kinds >= {"executor", "batcher", "gateway"}
 
 
 def test_one_producer_cannot_read_or_forge_the_answers_of_another(broker: Broker):

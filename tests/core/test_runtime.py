@@ -178,12 +178,12 @@ def test_actors_whose_drain_never_ends_share_one_time(nats_server: NatsServer) -
     async def scene() -> None:
         log: list[str] = []
         async with Runtime(config_for(nats_server, drain_ms=500), "probe") as runtime:
-            for _ in range(4):
-                await runtime.start(lambda: Probe(runtime.bus, log, drains=False))
+            for label in "abcd":
+                await runtime.start(lambda label=label: Probe(runtime.bus, log, label, drains=False))
             started = time.monotonic()
             await runtime.drain()
             assert 0.4 < time.monotonic() - started < 1.5
-        assert log == [" drains", " stops"] * 4
+        assert log == [f"{label} {what}" for label in "dcba" for what in ("drains", "stops")]
 
     play(scene)
 

@@ -12,9 +12,11 @@ from pathlib import Path
 
 import pytest
 
+from tests.asking import metric, some_rows
 from tests.faults.serving import Serve, alive, ready
 from tests.faults.traffic import Traffic
-from tests.support import PATIENCE_S, narsil, until
+from tests.gateways.calling import GrpcCaller, close, infer_message
+from tests.support import PATIENCE_S, invoke, narsil, until
 
 MANY = 1_000
 
@@ -92,6 +94,47 @@ def test_several_gateways_share_one_port(criteo_model: Path, tmp_path: Path) -> 
         assert not traffic.bad, traffic.ended
 
 
+def test_several_grpc_gateways_share_one_port_beside_the_http_gateway(criteo_model: Path, tmp_path: Path) -> None:
+    """Each process is one core's worth of gRPC; clients spread over them connection by connection."""
+    port, rows = free_port(), some_rows(criteo_model, 32)
+    with Serve(criteo_model, tmp_path, "--grpc-processes", "2", "--grpc-port", str(port)) as serve:
+        gateways = [row for row in serve.actors() if row["kind"] == "gateway"]
+        assert {row["process"] for row in gateways} == {"http gateway", "grpc gateway 1", "grpc gateway 2"}
+        assert [row["detail"] for row in gateways].count(f"grpc://127.0.0.1:{port}, ctr 1, ready") == 2
+        assert f"grpc://127.0.0.1:{port}" in serve.log.read_text()
+        for row in range(32):
+            with GrpcCaller(port) as call:
+                assert close(call("ModelInfer", infer_message(rows.part(row))).scores, rows.part(row))
+        until(lambda: len(grpc_counts(serve)) == 2 and sum(grpc_counts(serve)) == 32, "all are counted, by both")
+
+
+def test_a_door_without_processes_stays_shut_and_is_not_advertised(criteo_model: Path, tmp_path: Path) -> None:
+    """Its port may belong to somebody else."""
+    with socket.create_server(("127.0.0.1", 0)) as taken:
+        port = str(taken.getsockname()[1])
+        with Serve(criteo_model, tmp_path, "--http-processes", "0", "--http-port", port) as serve:
+            rows = some_rows(criteo_model, 1)
+            with GrpcCaller(serve.grpc_port) as call:
+                assert close(call("ModelInfer", infer_message(rows)).scores, rows)
+            shown = serve.log.read_text()
+            assert "curl" not in shown and "narsil request" in shown
+            assert [row["process"] for row in serve.actors() if row["kind"] == "gateway"] == ["grpc gateway"]
+
+
+def test_a_gateway_without_a_door_is_refused() -> None:
+    """It would run for ever and serve nobody."""
+    done = invoke("gateway", "--http-processes", "0", "--grpc-processes", "0")
+    assert done.exit_code == 2
+    assert "no port to open" in done.output
+
+
+def grpc_counts(serve: Serve) -> list[float]:
+    """Requests that came to each gRPC gateway, of those that got any."""
+    text = serve.metrics()
+    names = re.findall(r'narsil_streams_open\{actor="(gateway-\w+)"', text)
+    return [count for name in names if (count := metric(text, "narsil_requests_offered_total", actor=name))]
+
+
 def test_ctrl_c_drains(criteo_model: Path, tmp_path: Path) -> None:
     """What was accepted is answered; callers see closed connections afterwards, never a lost or wrong answer."""
     with Serve(criteo_model, tmp_path) as serve:
@@ -108,7 +151,7 @@ def test_a_killed_supervisor_leaves_no_process_behind(criteo_model: Path, tmp_pa
     """Orphans would hold ports and answer requests that nobody watches."""
     with Serve(criteo_model, tmp_path, "--executor-executors", "2") as serve:
         pids = [row["pid"] for row in serve.actors()]
-        assert len(pids) == 5
+        assert len(pids) == 6
         assert all(map(alive, pids))
         assert serve.process is not None
         serve.process.kill()

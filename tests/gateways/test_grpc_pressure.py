@@ -17,7 +17,7 @@ import tritonclient.grpc as triton
 from grpc_health.v1 import health_pb2, health_pb2_grpc
 from msgspec.structs import replace
 
-from narsil_stream.core.config import BatchConfig, Config
+from narsil_stream.core.config import BatchConfig, Config, GrpcConfig
 from narsil_stream.gateways import grpc_verbs
 from narsil_stream.gateways.grpc_stream import STREAM_OPEN
 from narsil_stream.schemas.protobuf import SERVICE, message_class
@@ -185,6 +185,48 @@ def test_more_bytes_than_a_gateway_works_on_are_refused(
         assert second.code is grpc.StatusCode.RESOURCE_EXHAUSTED
         assert int(second.trailing["retry-after-ms"]) >= 1
     assert all_right({0: first}, rows)
+
+
+def test_calls_above_the_limit_of_a_connection_wait_for_their_turn(
+    nats_server: NatsServer, criteo_model: Path, gate: Gate, rows: Rows
+) -> None:
+    """One client must not hold up the others; HTTP/2 makes it wait by itself.
+
+    A client that sees a stream end before the server does may begin the next one too early: gRPC refuses it unread.
+    """
+    config = replace(Config(), grpc=GrpcConfig(max_streams=2))
+    with (
+        System(nats_server.url, criteo_model, config=config, grpc_gateways=1, loader=gate.load) as system,
+        GrpcCaller(system.grpc_port) as call,
+        GrpcCaller(system.grpc_port) as other,
+    ):
+        with gate.closed():
+            asked = {row: call.future("ModelInfer", one(rows, row)) for row in range(2)}
+            until(lambda: gauge(system, "grpc", "narsil_requests_open") == 2, "two are open")
+            asked |= {row: call.future("ModelInfer", one(rows, row)) for row in range(2, 5)}
+            assert other("ServerLive", b"").code is OK
+            assert gauge(system, "grpc", "narsil_requests_open") == 2
+        assert all_right({row: asked.pop(row) for row in range(2)}, rows)
+        for row, answer in ((row, ended(future)) for row, future in asked.items()):
+            if answer.code is not grpc.StatusCode.UNAVAILABLE:
+                assert close(answer.scores, rows.part(row))
+
+
+def test_more_calls_than_a_gateway_works_on_are_refused(
+    nats_server: NatsServer, criteo_model: Path, gate: Gate, rows: Rows, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Each call costs memory before its first byte is looked at."""
+    monkeypatch.setattr("narsil_stream.gateways.grpc.PARALLEL", 4)
+    with (
+        System(nats_server.url, criteo_model, grpc_gateways=1, loader=gate.load) as system,
+        GrpcCaller(system.grpc_port) as call,
+    ):
+        with gate.closed():
+            asked = {row: call.future("ModelInfer", one(rows, row)) for row in range(4)}
+            until(lambda: gauge(system, "grpc", "narsil_requests_open") == 4, "four are open")
+            assert call("ModelInfer", one(rows, 5)).code is grpc.StatusCode.RESOURCE_EXHAUSTED
+        assert all_right(asked, rows)
+        assert close(call("ModelInfer", one(rows, 5)).scores, rows.part(5))
 
 
 # Streams
@@ -376,6 +418,37 @@ def test_sigterm_under_load_from_64_connections_loses_no_request(
         with_gateway(run, log, "--nats-url", nats_server.url, "--door", "grpc", "--grpc-port", str(free_port))
     assert set(ended_as) == {"right"}, [how for how in ended_as if how != "right"][:3]
     assert "Traceback" not in log.read_text()
+
+
+def test_callers_who_never_look_at_readiness_get_an_answer_to_all_that_was_accepted(
+    nats_server: NatsServer, criteo_model: Path, tmp_path: Path, free_port: int
+) -> None:
+    """A call that the gateway had not begun is turned away; one that reached a batcher is never among those."""
+    rows = some_rows(criteo_model, 64)
+    log = tmp_path / "gateway.log"
+    codes: list[grpc.StatusCode] = []
+
+    def ask_until_refused(row: int) -> None:
+        with GrpcCaller(free_port) as call:
+            while not codes or codes[-1] is OK:
+                codes.append(call("ModelInfer", one(rows, row)).code)
+
+    def run(gateway: Any) -> None:
+        with GrpcCaller(free_port) as call:
+            until(lambda: ready(call), "it is ready")
+        with ThreadPoolExecutor(64) as threads:
+            callers = [threads.submit(ask_until_refused, row) for row in range(64)]
+            until(lambda: len(codes) > 500, "it is busy")
+            gateway.send_signal(signal.SIGTERM)
+            for caller in callers:
+                caller.result(20)
+        assert gateway.wait(20) == 0, log.read_text()
+
+    with System(nats_server.url, criteo_model) as system:
+        with_gateway(run, log, "--nats-url", nats_server.url, "--door", "grpc", "--grpc-port", str(free_port))
+        accepted = gauge(system, "batcher", "narsil_requests_offered_total")
+    assert accepted == codes.count(OK)
+    assert set(codes) <= {OK, grpc.StatusCode.UNAVAILABLE, grpc.StatusCode.CANCELLED}
 
 
 def with_gateway(run: Callable[[Any], None], log: Path, *options: str) -> None:

@@ -14,7 +14,7 @@ from safetensors.numpy import load_file, save_file
 from narsil_stream.kernels import artifact
 from narsil_stream.kernels.artifact import MODEL, WEIGHTS, Artifact, ArtifactError, layout, read, read_spec, write
 from narsil_stream.kernels.init import random_tensors
-from narsil_stream.schemas.model import Architecture, ModelSpec, RowType, Table
+from narsil_stream.schemas.model import Architecture, DcnV2, DlrmDot, ModelSpec, Pooling, RowType, Table
 
 names = st.from_regex(r"[a-zA-Z0-9_-]{1,12}", fullmatch=True)
 widths = st.integers(1, 9)
@@ -29,7 +29,13 @@ def specs(draw: st.DrawFn) -> ModelSpec:
     )
     bottom = (*draw(st.lists(widths, max_size=3)), dim)
     top = (*draw(st.lists(widths, max_size=3)), 1)
-    return ModelSpec(draw(names), Architecture(draw(widths), dim, bottom, top), tuple(tables), version=draw(names))
+    pooling: Pooling = draw(st.sampled_from(("sum", "mean")))
+    architecture: Architecture = DlrmDot(draw(widths), dim, bottom, top, pooling)
+    if draw(st.booleans()):
+        architecture = DcnV2(
+            draw(widths), dim, bottom, top, pooling, cross_layers=draw(st.integers(1, 3)), cross_rank=draw(widths)
+        )
+    return ModelSpec(draw(names), architecture, tuple(tables), version=draw(names))
 
 
 def edit_model(folder: Path, change: Callable[[dict[str, Any]], object]) -> None:
@@ -59,6 +65,15 @@ def test_every_model_that_is_written_reads_back_the_same(tmp_path: Path, spec: M
     for name, tensor in tensors.items():
         assert back.tensors[name].dtype == tensor.dtype
         np.testing.assert_array_equal(back.tensors[name], tensor)
+
+
+@pytest.mark.parametrize("step", [1, 100, 1_000])
+def test_tensors_read_in_pieces_are_whole(folder: Path, monkeypatch: pytest.MonkeyPatch, step: int) -> None:
+    """Pieces let others of the process work meanwhile; one that is lost or doubled would be wrong scores."""
+    whole = read(folder).tensors
+    monkeypatch.setattr(artifact, "_STEP_BYTES", step)
+    pieces = read(folder).tensors
+    assert all(np.array_equal(pieces[name], tensor) for name, tensor in whole.items())
 
 
 def test_the_description_alone_is_readable_without_the_weights(folder: Path) -> None:
@@ -172,6 +187,13 @@ MODEL_FAULTS: dict[str, tuple[Callable[[dict[str, Any]], object], str]] = {
     "unknown field": (lambda s: s.update(code="import os"), "unknown field `code`"),
     "format of the future": (lambda s: s.update(format=2), "unfit description"),
     "other architecture": (lambda s: s["architecture"].update(kind="mlp"), "unfit description"),
+    "architecture without a kind": (lambda s: s["architecture"].pop("kind"), "missing required field `kind`"),
+    "cross network without a rank": (
+        lambda s: s["architecture"].update(kind="dcn-v2", cross_layers=3),
+        "missing required field `cross_rank`",
+    ),
+    "cross network in a dot model": (lambda s: s["architecture"].update(cross_rank=3), "unknown field `cross_rank`"),
+    "pooling": (lambda s: s["architecture"].update(pooling="max"), "Invalid enum value 'max'"),
     "name that leaves its subject": (lambda s: s.update(name="a.b"), "unfit description"),
     "name with a line end": (lambda s: s.update(name="a\n"), "unfit description"),
     "dim": (lambda s: s["architecture"].update(dim=5), "must end in dim=5, got 4"),
@@ -188,6 +210,28 @@ def test_a_description_with_a_fault_is_refused_with_its_place(folder: Path, faul
     edit_model(folder, change)
     with pytest.raises(ArtifactError, match=message):
         read(folder)
+
+
+STORED: dict[str, tuple[str, Architecture]] = {
+    "dlrm-dot": (
+        '{"kind": "dlrm-dot", "dense": 3, "dim": 4, "bottom": [5, 4], "top": [6, 1], "pooling": "sum"}',
+        DlrmDot(dense=3, dim=4, bottom=(5, 4), top=(6, 1), pooling="sum"),
+    ),
+    "dcn-v2": (
+        '{"kind": "dcn-v2", "dense": 3, "dim": 4, "bottom": [5, 4], "top": [6, 1], "pooling": "mean", '
+        '"cross_layers": 2, "cross_rank": 7}',
+        DcnV2(dense=3, dim=4, bottom=(5, 4), top=(6, 1), pooling="mean", cross_layers=2, cross_rank=7),
+    ),
+}
+
+
+@pytest.mark.parametrize("kind", STORED)
+def test_a_description_of_an_earlier_release_means_what_it_meant(folder: Path, kind: str) -> None:
+    """Artifacts outlive releases."""
+    text, architecture = STORED[kind]
+    tables = '[{"name": "C1", "rows": 9, "dtype": "INT8"}]'
+    (folder / MODEL).write_text(f'{{"name": "ctr", "architecture": {text}, "tables": {tables}, "files": {{}}}}')
+    assert read_spec(folder) == ModelSpec("ctr", architecture, (Table("C1", 9, "INT8"),))
 
 
 def test_a_table_larger_than_memory_is_refused_before_it_takes_any(folder: Path) -> None:

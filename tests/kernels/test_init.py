@@ -7,7 +7,7 @@ import pytest
 
 from narsil_stream.kernels import reference
 from narsil_stream.kernels.artifact import Artifact, ArtifactError, read
-from narsil_stream.kernels.init import criteo_spec, demo_model, random_batch, random_model
+from narsil_stream.kernels.init import Cross, criteo_spec, demo_model, random_batch, random_model
 from narsil_stream.kernels.reference import Reference
 from narsil_stream.schemas.model import ModelSpec, RowType
 
@@ -22,6 +22,8 @@ SHAPES: dict[str, ModelSpec] = {
     "demo": criteo_spec(),
     "one row": criteo_spec(rows=1),
     "wide": criteo_spec(rows=1000, dim=64, bottom=(512, 256), top=(512, 512, 256)),
+    "cross": criteo_spec(cross=Cross()),
+    "wide cross": criteo_spec(rows=1000, dim=64, bottom=(512, 256), top=(512, 256), cross=Cross(3, 512)),
     "flat": criteo_spec(rows=1000, dim=1, bottom=(), top=()),
 }
 
@@ -36,9 +38,10 @@ def test_random_scores_differ_between_rows_and_do_not_saturate(shape: str) -> No
     assert np.quantile(scores, 0.99) < 0.999
 
 
-def test_every_input_moves_the_score() -> None:
+@pytest.mark.parametrize("cross", [None, Cross()])
+def test_every_input_moves_the_score(cross: Cross | None) -> None:
     """A parity test on a model that ignores its tables proves nothing about tables."""
-    model = random_model(criteo_spec(rows=100), seed=0)
+    model = random_model(criteo_spec(rows=100, cross=cross), seed=0)
     backend = Reference(model)
     batch = random_batch(model.spec, 200, seed=1)
     before = backend.logits(batch)

@@ -4,32 +4,44 @@ import shutil
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from hypothesis.extra.numpy import array_shapes, arrays
 from msgspec.structs import replace
 
 from narsil_stream.kernels import native
 from narsil_stream.kernels.artifact import Artifact
 from narsil_stream.kernels.backend import RaggedBatch
-from narsil_stream.kernels.init import criteo_spec, random_batch, random_model
-from narsil_stream.kernels.native import fused, layout, source
-from narsil_stream.kernels.native.plan import row_defines
+from narsil_stream.kernels.init import Cross, criteo_spec, random_batch, random_model
+from narsil_stream.kernels.native import fused, layers, layout, operands, source
 from narsil_stream.kernels.reference import Reference, interact
+from narsil_stream.schemas.model import DcnV2, DlrmDot, ModelSpec
 
 SPEC = criteo_spec(rows=50, dim=64, bottom=(512, 256), top=(512, 512, 256))
 
 
-def layer_defines(row_bytes: int, multi_hot: bool, mlp_bytes: int) -> dict[str, object]:
-    return row_defines(SPEC, row_bytes, multi_hot) | {"ZP": 416, "HEAD": 256, "MLP_BYTES": mlp_bytes}
+CROSS = criteo_spec(rows=50, dim=128, bottom=(512, 256), top=(1024, 512, 256), cross=Cross(3, 512), pooling="mean")
+ODD = replace(SPEC, architecture=DlrmDot(3, 20, (7, 20), (9, 5, 1)), tables=SPEC.tables[:4], preprocessing=None)
+ODD_CROSS = replace(ODD, architecture=DcnV2(3, 20, (7, 20), (9, 5, 1), cross_layers=3, cross_rank=5))
+FLAT_CROSS = replace(ODD, architecture=DcnV2(3, 20, (20,), (1,), cross_layers=1, cross_rank=70))
 
-
+ALL_GPUS = ("sm_80", "sm_89", "sm_90")
 SOURCES = {
-    "layers-fp16-int8": ("layers.cu", layer_defines(1, False, 2), ("sm_80", "sm_89", "sm_90")),
-    "layers-fp32-bags": ("layers.cu", layer_defines(4, True, 4), ("sm_80", "sm_89", "sm_90")),
-    "fused-4": ("fused.cu", fused.defines_of(SPEC, 1, False, 4), ("sm_80", "sm_89", "sm_90", "sm_90a")),
+    "layers-fp16-int8": ("layers.cu", layers.defines_of(SPEC, 1, False, "fp16"), ALL_GPUS),
+    "layers-bf16-int8": ("layers.cu", layers.defines_of(SPEC, 1, False, "bf16"), ALL_GPUS),
+    "layers-bf16-fp16-bags": ("layers.cu", layers.defines_of(ODD, 2, True, "bf16"), ALL_GPUS),
+    "layers-fp32-bags": ("layers.cu", layers.defines_of(SPEC, 4, True, "fp32"), ALL_GPUS),
+    "cross-fp16-int8": ("cross.cu", layers.defines_of(CROSS, 1, False, "fp16"), ALL_GPUS),
+    "cross-fp16-fp16-bags": ("cross.cu", layers.defines_of(ODD_CROSS, 2, True, "fp16"), ALL_GPUS),
+    "cross-bf16-fp32": ("cross.cu", layers.defines_of(CROSS, 4, False, "bf16"), ALL_GPUS),
+    "cross-fp32-int8-bags": ("cross.cu", layers.defines_of(CROSS, 1, True, "fp32"), ALL_GPUS),
+    "fused-4": ("fused.cu", fused.defines_of(SPEC, 1, False, 4), (*ALL_GPUS, "sm_90a")),
     "fused-1-bags": ("fused.cu", fused.defines_of(SPEC, 2, True, 1), ("sm_90a",)),
-    "pull": ("pull.cu", {}, ("sm_80", "sm_89", "sm_90")),
+    "pull": ("pull.cu", {}, ALL_GPUS),
 }
 
 
@@ -75,6 +87,59 @@ def test_the_fused_kernel_says_why_it_cannot_take_a_model(change: dict[str, obje
     spec = replace(SPEC, architecture=replace(SPEC.architecture, **change), preprocessing=None)
     assert reason in str(fused.misfit(spec))
     assert fused.misfit(SPEC) is None
+
+
+def test_the_fused_kernel_leaves_cross_networks_to_the_others() -> None:
+    """It would compute products of vectors instead."""
+    assert "cross network" in str(fused.misfit(CROSS))
+
+
+@pytest.mark.parametrize("spec", [SPEC, CROSS, ODD, ODD_CROSS, FLAT_CROSS])
+def test_padded_weights_compute_what_the_models_own_do(spec: ModelSpec) -> None:
+    """The products of the layers path, with its layouts of x_0 and z, in NumPy: a column off by one looks plausible."""
+    artifact = random_model(spec, seed=8)
+    rng = np.random.default_rng(9)
+    for name, tensor in artifact.tensors.items():
+        if name.endswith(".bias"):
+            tensor += rng.normal(0, 0.2, tensor.shape).astype(np.float32)
+    batch = random_batch(spec, 40, seed=10)
+    weights = operands.operands(artifact)
+
+    def product(x: Any, layer: operands.Layer) -> Any:
+        y = x @ layer.weight.T + (0 if layer.bias is None else layer.bias)
+        return np.maximum(y, 0) if layer.relu else y
+
+    dim, vector = spec.architecture.dim, layout.round_up(spec.architecture.dim, 16)
+    x = layout.padded(batch.dense, (40, layout.round_up(spec.n_dense, 16)), np.float32).astype(np.float64)
+    for layer in weights.bottom:
+        x = product(x, layer)
+    vectors = np.zeros((40, 1 + spec.n_sparse, vector))
+    vectors[:, 0] = x
+    for t, ids in enumerate(batch.ids.reshape(40, -1).T):
+        vectors[:, 1 + t, :dim] = artifact.tensors[f"tables.C{t + 1}.weight"][ids]
+    z = np.zeros((40, operands.z_width(spec)))
+    if weights.cross:
+        z[:] = start = vectors.reshape(40, -1)
+        for v, w in weights.cross:
+            z = start * product(product(z, v), w) + z
+    else:
+        z[:, : spec.top_input] = interact(vectors)[:, [*range(dim), *range(vector, vector + spec.top_input - dim)]]
+    for layer in weights.top:
+        z = product(z, layer)
+    logits = z @ weights.head[:-1] + weights.head[-1]
+    np.testing.assert_allclose(logits, Reference(artifact).logits(batch), rtol=1e-5, atol=1e-5)
+    assert all(layer.inputs % 8 == layer.outputs % 8 == 0 for pair in weights.cross for layer in pair)
+
+
+@settings(deadline=None)
+@given(arrays(np.float32, array_shapes(max_dims=2), elements=st.floats(allow_nan=False, width=32)))
+def test_bf16_weights_are_those_of_torch_bit_for_bit(values: Any) -> None:
+    """NumPy has no BF16: weights are rounded here, to nearest, ties to even."""
+    torch = pytest.importorskip("torch", reason="torch is not installed")
+    expected = torch.from_numpy(values).bfloat16().view(torch.int16).numpy().view(np.uint16)
+    np.testing.assert_array_equal(operands.encode(values, "bf16"), expected)
+    ties = np.array([1 + 2**-8, 1 + 3 * 2**-8, 1 + 2**-8 + 2**-20], np.float32)
+    assert operands.encode(ties, "bf16").tolist() == [0x3F80, 0x3F82, 0x3F81]
 
 
 def test_buckets_rise_and_end_with_the_largest_batch() -> None:

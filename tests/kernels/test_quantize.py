@@ -8,7 +8,7 @@ from hypothesis import strategies as st
 from hypothesis.extra.numpy import array_shapes, arrays
 
 from narsil_stream.kernels.artifact import Artifact, ArtifactError
-from narsil_stream.kernels.init import criteo_spec, random_batch, random_model
+from narsil_stream.kernels.init import Cross, criteo_spec, random_batch, random_model
 from narsil_stream.kernels.quantize import drift, quantize, quantize_rows
 from narsil_stream.kernels.reference import Reference, Rows, lookup
 from narsil_stream.schemas.model import RowType
@@ -49,10 +49,13 @@ def test_rows_of_equal_values_survive(small_spec: Any) -> None:
     np.testing.assert_array_equal(scale_bias, [[1, 0]] * 3)
 
 
+@pytest.mark.parametrize("cross", [None, Cross()])
 @pytest.mark.parametrize(("dtype", "limit"), [("FP32", 0.0), ("FP16", 0.002), ("INT8", 0.03)])
-def test_smaller_rows_change_scores_little_and_the_report_says_how_much(dtype: RowType, limit: float) -> None:
+def test_smaller_rows_change_scores_little_and_the_report_says_how_much(
+    dtype: RowType, limit: float, cross: Cross | None
+) -> None:
     """Whoever halves the memory must see the price."""
-    model = random_model(criteo_spec(rows=500), seed=1)
+    model = random_model(criteo_spec(rows=500, cross=cross), seed=1)
     smaller = quantize(model, dtype)
     report = drift(Reference(model), Reference(smaller), random_batch(model.spec, 3000, seed=2))
     assert {table.dtype for table in smaller.spec.tables} == {dtype}

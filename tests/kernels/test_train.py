@@ -8,12 +8,14 @@ from narsil_stream.core.criteo import Parser
 from narsil_stream.kernels import artifact, reference
 from narsil_stream.kernels.artifact import ArtifactError
 from narsil_stream.kernels.backend import RaggedBatch
-from narsil_stream.kernels.init import criteo_spec
+from narsil_stream.kernels.init import Cross, criteo_spec
 from narsil_stream.kernels.metrics import auc
 from narsil_stream.kernels.synthetic import clicks
 from narsil_stream.kernels.train import Progress, Settings, TrainError, train
+from narsil_stream.schemas.model import ModelSpec
 
 SPEC = criteo_spec(name="trained", rows=2000, dim=8, bottom=(16,), top=(32,))
+CROSS = criteo_spec(name="trained", rows=2000, dim=8, bottom=(16,), top=(32,), cross=Cross(2, 16))
 
 
 def unwatched(_: Progress) -> None:
@@ -33,10 +35,11 @@ def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.mark.usefixtures("torch")
-def test_training_finds_much_of_what_can_be_found(data: Path, tmp_path: Path) -> None:
+@pytest.mark.parametrize("given", [SPEC, CROSS], ids=["dot", "cross"])
+def test_training_finds_much_of_what_can_be_found(data: Path, tmp_path: Path, given: ModelSpec) -> None:
     """A loss with the wrong sign, labels moved by a row, or weights stored transposed all end near an AUC of 0.5."""
     seen: list[Progress] = []
-    spec = train(data, tmp_path / "model", SPEC, Settings(epochs=2, batch_rows=256), seen.append)
+    spec = train(data, tmp_path / "model", given, Settings(epochs=2, batch_rows=256), seen.append)
     assert spec.metrics["auc"] > 0.66
     assert spec.metrics["log_loss"] < 0.5
     assert (spec.metrics["train_rows"], spec.metrics["holdout_rows"]) == (27_000, 3000)

@@ -40,7 +40,7 @@ from narsil_stream.schemas.internal import (
     ToExecutor,
     ToRepository,
 )
-from narsil_stream.schemas.model import Architecture, ModelSpec, Preprocessing, Table
+from narsil_stream.schemas.model import DlrmDot, ModelSpec, Preprocessing, Table
 from narsil_stream.schemas.oip import (
     BatchStatistics,
     Duration,
@@ -124,7 +124,7 @@ BATCH = Batch(
 )
 SPEC = ModelSpec(
     name="dlrm",
-    architecture=Architecture(dense=13, dim=4, bottom=(8, 4), top=(8, 1)),
+    architecture=DlrmDot(dense=13, dim=4, bottom=(8, 4), top=(8, 1)),
     tables=tuple(Table(name=f"C{i}", rows=10 * i, dtype="INT8" if i % 2 else "FP32") for i in range(1, 27)),
     files={"weights.safetensors": "ab" * 32},
     version="7",

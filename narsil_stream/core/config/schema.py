@@ -15,7 +15,8 @@ from narsil_stream.core.config.access import AccessConfig
 
 Mode = Literal["batch", "worker", "inline"]
 ModelControl = Literal["none", "explicit"]
-BackendName = Literal["auto", "reference"]
+BackendName = Literal["auto", "native", "torch", "reference"]
+PrecisionName = Literal["auto", "fp32", "bf16", "fp16", "int8"]
 LogLevel = Literal["debug", "info", "warning", "error"]
 LogFormat = Literal["text", "json"]
 
@@ -430,7 +431,18 @@ class Config(Struct, frozen=True, forbid_unknown_fields=True):
     ] = field(default_factory=lambda: default_data_dir(os.environ))
     backend: Annotated[
         BackendName,
-        Meta(description="What computes the scores. auto: the fastest that runs here; reference: NumPy."),
+        Meta(
+            description="What computes the scores. auto: native on a GPU with CuPy, else torch where its locked "
+            "versions are installed and pay off, else reference; native: our CUDA kernels; torch: FBGEMM's "
+            "operators, as TorchRec; reference: NumPy."
+        ),
+    ] = "auto"
+    precision: Annotated[
+        PrecisionName,
+        Meta(
+            description="Of the arithmetic. auto: the fastest that the backend and the device have; int8: INT8 rows in "
+            "the tables, and auto for the rest. Smaller: faster, scores differ more from FP32 (docs/kernels.md)."
+        ),
     ] = "auto"
     log_level: Annotated[LogLevel, Meta(description="Least important kind of message that is logged.")] = "info"
     log_format: Annotated[

@@ -1,0 +1,34 @@
+"""The `torch` backend: DLRM and DCNv2 in torch over FBGEMM's table-batched embeddings, on the CPU and on CUDA.
+
+Importing this package needs no torch; `load` does.
+"""
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Literal
+
+from narsil_stream.kernels.torch_family.fbgemm_logs import quieten
+from narsil_stream.kernels.torch_family.unit import UNITS, Unavailable, require_unit
+
+if TYPE_CHECKING:
+    from narsil_stream.kernels.backend import Backend
+
+__all__ = ["UNITS", "Unavailable", "load", "require_unit"]
+
+Device = Literal["auto", "cpu", "cuda"]
+
+
+def load(artifact: Path, *, precision: str = "auto", device: Device = "auto") -> "Backend":
+    """Load an artifact's folder. Embedding rows keep their type.
+
+    `precision`: fp32, bf16 or fp16, of the MLPs and the interaction; auto: the fastest that the device multiplies in
+    hardware. `device` auto: CUDA where torch sees a GPU.
+
+    Raises Unavailable: no locked unit, no such device, a precision that it cannot do; ArtifactError: unfit artifact.
+    """
+    require_unit()
+    quieten()
+    from narsil_stream.kernels.artifact import read
+    from narsil_stream.kernels.torch_family.devices import build, resolve
+
+    chosen = resolve(device, precision)
+    return build(read(artifact), chosen)

@@ -1,0 +1,108 @@
+"""The torch family on the CPU: rows in pieces, each computed by one thread from lookup to score.
+
+Pieces share nothing, so no thread waits for another inside the forward pass, and what a piece needs stays near the core
+that computes it. oneDNN multiplies with weights packed once.
+"""
+
+from collections.abc import Callable, Iterable
+from concurrent.futures import ThreadPoolExecutor
+from threading import Barrier
+from typing import Any, TypeVar
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+
+from narsil_stream.kernels.artifact import Artifact
+from narsil_stream.kernels.backend import BackendInfo, RaggedBatch
+from narsil_stream.kernels.native.layout import pieces
+from narsil_stream.kernels.torch_family.devices import DTYPES
+from narsil_stream.kernels.torch_family.network import Layer, Network
+from narsil_stream.kernels.torch_family.packing import Packing
+from narsil_stream.schemas.model import ModelSpec
+
+T = TypeVar("T")
+Floats = NDArray[np.float32]
+
+_PIECE_ROWS = 1024
+"""At most. More: fewer calls; less: less memory."""
+_SHARED_ROWS = 128
+"""Fewer rows are not worth a second thread."""
+_STEP_ROWS = 16
+"""Pieces are padded to multiples: oneDNN prepares code for each number of rows, once."""
+
+
+class CpuBackend:
+    """One model in as many threads as torch has when this is built."""
+
+    def __init__(self, artifact: Artifact, precision: str) -> None:
+        self._spec, self._precision = artifact.spec, precision
+        self._packing = Packing(artifact.spec)
+        self._network = Network(artifact, self._packing, DTYPES[precision], "cpu", _layer)
+        self._threads = torch.get_num_threads()
+        self._pool = _single_threads(self._threads) if self._threads > 1 else None
+
+    @property
+    def spec(self) -> ModelSpec:
+        return self._spec
+
+    @property
+    def info(self) -> BackendInfo:
+        return BackendInfo("torch", "cpu", self._precision)
+
+    def warm_up(self, max_rows: int) -> None:
+        """Compute every number of rows that a piece can have, once: oneDNN prepares what it needs for each."""
+        one = RaggedBatch(np.zeros((1, self._spec.n_dense), np.float32), np.zeros(self._spec.n_sparse, np.int32))
+        sizes = range(_STEP_ROWS, _round_up(min(max_rows, _PIECE_ROWS)) + 1, _STEP_ROWS)
+        self._each(lambda rows: self._logits(one, rows), sizes)
+
+    def run(self, batch: RaggedBatch, scores: Floats) -> None:
+        """scores [rows] = sigmoid(logits). Raises IdOutOfRange."""
+        torch.sigmoid(torch.from_numpy(self.logits(batch)), out=torch.from_numpy(scores))
+
+    def logits(self, batch: RaggedBatch) -> Floats:
+        """What goes into the last sigmoid. out [rows]."""
+        if not batch.rows:
+            return np.empty(0, np.float32)
+        shares = self._threads if batch.rows >= _SHARED_ROWS else 1
+        rows = min(_PIECE_ROWS, _round_up(-(-batch.rows // shares)))
+        cut = pieces(batch, rows, max_ids=np.iinfo(np.int32).max)
+        return np.concatenate(self._each(lambda piece: self._logits(piece, _round_up(piece.rows))[: piece.rows], cut))
+
+    def unload(self) -> None:
+        if self._pool:
+            self._pool.shutdown()
+        del self._network
+
+    def _each(self, compute: Callable[[T], Floats], parts: Iterable[T]) -> list[Floats]:
+        """In threads of ours, or in the caller's when that is the only one: handing over has its price."""
+        return list(self._pool.map(compute, parts) if self._pool else map(compute, parts))
+
+    def _logits(self, batch: RaggedBatch, rows: int) -> Floats:
+        packed = self._packing.pack(batch, rows)
+        with torch.inference_mode():
+            found: Floats = self._network.logits(*map(torch.from_numpy, packed)).numpy()
+        return found
+
+
+def _single_threads(count: int) -> ThreadPoolExecutor:
+    """Threads in which a torch operator takes no other thread. Elsewhere torch keeps the number that it had."""
+    pool = ThreadPoolExecutor(count, "narsil-torch", torch.set_num_threads, (1,))
+    together = Barrier(count)
+    list(pool.map(lambda _: together.wait(), range(count)))  # all have started: the setting is torch's default as well
+    torch.set_num_threads(count)
+    return pool
+
+
+def _layer(weight: Any, bias: Any, *, relu: bool) -> Layer:
+    """oneDNN's product with packed weights and ReLU in one call, where torch was built with it."""
+    if not torch.backends.mkldnn.is_available():
+        linear = torch.nn.functional.linear
+        return lambda x: linear(x, weight, bias).relu_() if relu else linear(x, weight, bias)
+    packed = torch.ops.mkldnn._reorder_linear_weight(weight.contiguous())
+    multiply, attribute = torch.ops.mkldnn._linear_pointwise, "relu" if relu else "none"
+    return lambda x: multiply(x, packed, bias, attribute, [], "")
+
+
+def _round_up(rows: int) -> int:
+    return -(-rows // _STEP_ROWS) * _STEP_ROWS

@@ -1,0 +1,50 @@
+"""`narsil bench`: measure this machine."""
+
+from pathlib import Path
+
+import rich_click as click
+
+_file = click.Path(path_type=Path, dir_okay=False)
+
+
+@click.group(context_settings={"help_option_names": ["-h", "--help"]})
+def bench() -> None:
+    """Measure how fast this machine computes, and compare.
+
+    Example: narsil bench forward --json forward.json
+    """
+
+
+@bench.command()
+@click.option("--json", "json_file", type=_file, metavar="FILE", help="Write the figures there as well.")
+@click.option(
+    "--plot", "plot_file", type=_file, metavar="FILE", help="Draw rows a second against batch size there (.svg, .png)."
+)
+@click.option(
+    "--table-rows", type=click.IntRange(1), default=100_000, show_default=True, help="Rows of each of the 26 tables."
+)
+@click.option(
+    "--repeats", type=click.IntRange(1), default=15, show_default=True, help="Repetitions; their median counts."
+)
+def forward(json_file: Path | None, plot_file: Path | None, table_rows: int, repeats: int) -> None:
+    """How fast each family computes a forward pass here, against TorchRec and FBGEMM on the same weights.
+
+    Scores are compared with the reference before anything is timed; families that this machine lacks are named.
+
+    Example: narsil bench forward --json forward.json --plot forward.svg
+    """
+    import msgspec
+
+    from narsil_stream.bench.forward import forward as measure
+    from narsil_stream.bench.forward import reference_model
+    from narsil_stream.bench.report import NoPlot, plot, text
+
+    report = measure(reference_model(table_rows), repeats)
+    click.echo(text(report))
+    if json_file:
+        json_file.write_bytes(msgspec.json.format(msgspec.json.encode(report), indent=2) + b"\n")
+    if plot_file:
+        try:
+            plot(report, plot_file)
+        except (NoPlot, ValueError) as error:
+            raise click.ClickException(str(error)) from None

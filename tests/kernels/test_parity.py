@@ -1,0 +1,137 @@
+"""Every family, precision and architecture against the reference, on trained weights.
+
+Limits and measures stand in `bench/parity.py`, which prints the same as a table.
+"""
+
+from collections.abc import Iterator
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from narsil_stream.bench import parity
+from narsil_stream.core.criteo import Parser
+from narsil_stream.kernels import torch_family
+from narsil_stream.kernels.artifact import Artifact, read
+from narsil_stream.kernels.backend import Backend, RaggedBatch
+from narsil_stream.kernels.init import criteo_spec, random_batch
+from narsil_stream.kernels.quantize import quantize
+from narsil_stream.kernels.reference import Reference
+from narsil_stream.kernels.train import Settings, train
+from narsil_stream.schemas.model import RowType
+
+pytest.importorskip("torch", reason="torch is not installed: nothing can be trained")
+
+GPU = pytest.mark.gpu
+FAMILIES = [
+    *(pytest.param(parity.torch_on("cpu", p), id=f"torch-cpu-{p}") for p in ("fp32", "bf16", "fp16")),
+    *(pytest.param(parity.torch_on("cuda", p), id=f"torch-cuda-{p}", marks=GPU) for p in ("fp32", "bf16", "fp16")),
+    *(pytest.param(parity.native_in(p), id=f"native-{p}", marks=GPU) for p in ("fp32", "bf16", "fp16")),
+]
+Models = dict[tuple[str, RowType], Artifact]
+
+
+@pytest.fixture(scope="session")
+def models() -> Models:
+    """Trained on 20,000 synthetic clicks, in each row type."""
+    full = {architecture: parity.trained(architecture, 20_000) for architecture in parity.ARCHITECTURES}
+    return {(a, kind): m if kind == "FP32" else quantize(m, kind) for a, m in full.items() for kind in parity.ROWS}
+
+
+@pytest.fixture(params=FAMILIES)
+def family(request: pytest.FixtureRequest) -> parity.Family:
+    return request.param
+
+
+@pytest.fixture(params=parity.ROWS)
+def rows(request: pytest.FixtureRequest) -> RowType:
+    return request.param
+
+
+@pytest.fixture(params=parity.ARCHITECTURES)
+def architecture(request: pytest.FixtureRequest) -> str:
+    return request.param
+
+
+@pytest.fixture
+def backend(family: parity.Family, models: Models, architecture: str, rows: RowType) -> Iterator[Backend]:
+    loaded = _load(family, models[architecture, rows])
+    yield loaded
+    loaded.unload()
+
+
+def _load(family: parity.Family, model: Artifact) -> Backend:
+    """Warmed up. Skips what this machine cannot compute."""
+    if family.name.startswith("torch"):
+        from narsil_stream.kernels.torch_family.devices import resolve
+
+        try:
+            torch_family.require_unit()
+            resolve(family.name.split()[-1], family.precision)
+        except torch_family.Unavailable as error:
+            pytest.skip(str(error))
+    loaded = family.load(model)
+    loaded.warm_up(2048)
+    return loaded
+
+
+@pytest.mark.parametrize("bags", parity.BAGS)
+def test_scores_and_logits_stay_within_the_precisions_limit(
+    backend: Backend, family: parity.Family, models: Models, architecture: str, rows: RowType, bags: str
+) -> None:
+    """At and around every bucket: a wrong row, column or padding is off by far more."""
+    expected, limit = models[architecture, rows], family.limit(rows)
+    for size in parity.SIZES:
+        batch = random_batch(expected.spec, size, seed=size, bag=parity.BAGS[bags])
+        found = parity.apart(backend, expected, batch)
+        assert found.score <= limit.score, f"{size} rows"
+        assert found.logit <= limit.logit, f"{size} rows"
+
+
+@pytest.fixture(scope="session")
+def real_model(real_rows: Path, tmp_path_factory: pytest.TempPathFactory) -> Artifact:
+    """Trained on the 300 labelled rows, INT8: 26 tables in which most ids of other rows occur, too."""
+    folder = tmp_path_factory.mktemp("real") / "model"
+    spec = criteo_spec(rows=500, dim=16)
+    train(real_rows / "criteo_rows.tsv", folder, spec, Settings(epochs=5), lambda progress: None)
+    return quantize(read(folder), "INT8")
+
+
+def test_a_model_of_real_rows_gives_real_rows_the_same_scores(
+    family: parity.Family, real_model: Artifact, real_rows: Path
+) -> None:
+    """Real counts and categories are skewed, missing and huge as no random batch is."""
+    parsed = Parser([table.rows for table in real_model.spec.tables], labelled=False).feed(
+        (real_rows / "criteo_unlabelled_rows.tsv").read_bytes()
+    )
+    batch = RaggedBatch(parsed.dense, np.ascontiguousarray(parsed.sparse).reshape(-1))
+    loaded = _load(family, real_model)
+    found, limit = parity.apart(loaded, real_model, batch), family.limit("INT8")
+    loaded.unload()
+    assert batch.rows == 1999
+    assert found.score <= limit.score
+    assert found.logit <= limit.logit
+
+
+def test_empty_batches_and_empty_bags_are_no_exception(backend: Backend, family: parity.Family) -> None:
+    """Users without history are common; nothing may be read for them."""
+    spec = backend.spec
+    backend.run(RaggedBatch(np.zeros((0, 13), np.float32), np.zeros(0, np.int32)), np.zeros(0, np.float32))
+    batch = RaggedBatch(np.ones((130, 13), np.float32), np.zeros(0, np.int32), np.zeros((130, spec.n_sparse), np.int32))
+    scores = np.full(130, np.nan, np.float32)
+    backend.run(batch, scores)
+    assert np.ptp(scores) <= parity.LIMITS[family.precision].score
+
+
+def test_int8_rows_stay_near_fp32_scores(models: Models, architecture: str) -> None:
+    """What `narsil model quantize` costs on a trained model."""
+    full, small = models[architecture, "FP32"], models[architecture, "INT8"]
+    found = parity.apart(Reference(small), full, random_batch(full.spec, 5_000, seed=1))
+    assert found.score <= parity.INT8_TO_FP32
+
+
+def test_int8_rows_rank_as_well_as_fp32_rows(models: Models, architecture: str) -> None:
+    """On 100,000 rows that neither has seen."""
+    before, after = parity.auc_drift(models[architecture, "FP32"], models[architecture, "INT8"])
+    assert before > 0.65, "the model has learned nothing: comparing it says nothing"
+    assert abs(before - after) <= parity.AUC_DRIFT
