@@ -53,6 +53,14 @@ def trees(*names: str) -> st.SearchStrategy[Any]:
     )
 
 
+def depths(*names: str) -> st.SearchStrategy[bytes]:
+    """JSON that goes down without end, inside of members that somebody knows and others."""
+    downs = st.sampled_from((b"[" * DEEP, b'{"a":' * DEEP, b"[" * DEEP + b"]" * DEEP))
+    return st.tuples(st.lists(st.sampled_from((*names, "a")), min_size=1, max_size=4), downs).map(
+        lambda way: b"".join([*(b'{"%s":' % name.encode() for name in way[0]), way[1], b"}" * len(way[0])])
+    )
+
+
 def in_json(value: Any) -> bytes:
     return json.dumps(value).encode()
 

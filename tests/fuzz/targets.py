@@ -33,6 +33,7 @@ from narsil_stream.schemas.internal import (
     Control,
     Demand,
     Look,
+    ModelCard,
     Result,
     Slot,
     ToBatcher,
@@ -42,7 +43,7 @@ from narsil_stream.schemas.internal import (
 from narsil_stream.schemas.model import ModelSpec
 from narsil_stream.schemas.oip import RepositoryAction
 from narsil_stream.schemas.wire import InferAnswer, InferRequest
-from tests.fuzz.damage import hostile, in_json, in_msgpack, trees
+from tests.fuzz.damage import depths, hostile, in_json, in_msgpack, trees
 from tests.schemas.strategies import failed, micros, requests, scored, texts
 from tests.schemas.test_hostile_bytes import HOSTILE, REQUEST
 from tests.schemas.test_samples import FOLDER
@@ -267,6 +268,9 @@ SPEC_NAMES = (
 )  # fmt: skip
 
 
+read_cards = msgspec.json.Decoder(list[ModelCard]).decode
+
+
 def narrowed(request: InferRequest) -> InferRequest:
     """Of what gRPC's messages hold."""
     return InferRequest(request.id, request.inputs, request.budget_us, priority=request.priority)
@@ -280,8 +284,8 @@ def answer_again(answer: InferAnswer) -> InferAnswer:
 
 TARGETS = {
     "HTTP, JSON": Target(
-        hostile(PLAIN[0], BODY[: int(LENGTH)]) | trees(*REQUEST_NAMES).map(in_json), read_http_json, (Refused,),
-        requests, http_json_again,
+        hostile(PLAIN[0], BODY[: int(LENGTH)]) | trees(*REQUEST_NAMES).map(in_json) | depths(*REQUEST_NAMES),
+        read_http_json, (Refused,), requests, http_json_again,
     ),
     "HTTP, binary tensors": Target(
         st.tuples(lengths, bodies), read_http_binary, (Refused,),
@@ -296,7 +300,7 @@ TARGETS = {
     ),
     "HTTP, model control": Target(
         hostile(b'{"parameters":{"unload_dependents":true}}', b'{"ready":true}')
-        | trees("parameters", "ready", "config").map(in_json), read_action, (Refused,),
+        | trees("parameters", "ready", "config").map(in_json) | depths("parameters", "ready"), read_action, (Refused,),
         st.dictionaries(st.text(max_size=8), st.text() | st.booleans() | micros, max_size=4).map(RepositoryAction),
         lambda action: http_verbs.read_action(msgspec.json.encode(action)),
     ),
@@ -310,9 +314,14 @@ TARGETS = {
         hostile(*SAMPLES), codec.decode_answer, (msgspec.MsgspecError,), scored | failed, answer_again
     ),
     **{f"NATS, {name}": spoken(kind, valid) for name, (kind, valid) in internal.items()},
+    "NATS, model cards": Target(
+        hostile(b'[{"digest":"","spec":%s}]' % SPEC) | depths("digest", "spec", *SPEC_NAMES).map(b"[%s]".__mod__),
+        read_cards, UNDECODABLE, st.lists(st.builds(ModelCard, texts, specs), max_size=2),
+        lambda cards: read_cards(msgspec.json.encode(cards)),
+    ),
     "tokens file": Target(hostile(TOKENS), tokens.parse, (ValueError,), token_files, tokens_again),
     "model.json": Target(
-        hostile(SPEC) | trees(*SPEC_NAMES).map(in_json), read_model, (ArtifactError,),
+        hostile(SPEC) | trees(*SPEC_NAMES).map(in_json) | depths(*SPEC_NAMES), read_model, (ArtifactError,),
         specs, lambda spec: read_model(msgspec.json.encode(spec)),
     ),
 }  # fmt: skip
