@@ -2,6 +2,7 @@
 
 PYTHON ?= python3
 ARGS ?=
+FUZZ_SECONDS ?= 60
 
 PIP_INSTALL = -m pip install -qq --disable-pip-version-check --root-user-action=ignore
 REQUIREMENTS = requirements/torch-cpu.txt requirements/torchrec-cpu.txt
@@ -20,7 +21,7 @@ endef
 
 MAKEFLAGS += --no-print-directory
 .DEFAULT_GOAL := help
-.PHONY: help setup serve test lint format clean distclean
+.PHONY: help setup serve test fuzz lint format clean distclean
 
 help: ## List what make can do (this)
 	@sed -n 's/^\([a-z]*\):.*## \(.*\)/\1|\2/p' $(MAKEFILE_LIST) | while IFS='|' read -r name what; do \
@@ -33,6 +34,9 @@ serve: $(SERVE_VENV)/.complete ## Run the whole pipeline here: no GPU, no torch 
 
 test: setup ## Run the tests (options: make test ARGS='-k batch')
 	@.venv/bin/python -m pytest $(ARGS)
+
+fuzz: setup ## Fuzz every decoder, FUZZ_SECONDS=60 each (options: make fuzz ARGS=http)
+	@FUZZ_SECONDS=$(FUZZ_SECONDS) .venv/bin/python -m tests.fuzz $(ARGS)
 
 lint: setup ## Check style, types and the direction of imports
 	@.venv/bin/ruff check --quiet .

@@ -13,6 +13,7 @@ from narsil_stream.core.admission import Admission
 from narsil_stream.core.bus import Bus
 from narsil_stream.core.versions import newness
 from narsil_stream.schemas import subjects
+from narsil_stream.schemas.codec import UNDECODABLE
 from narsil_stream.schemas.errors import Fault, Refused
 from narsil_stream.schemas.internal import ExecutorBeat, ModelCard, ModelRef
 from narsil_stream.schemas.model import ModelSpec
@@ -168,7 +169,7 @@ class Catalogue:
     async def _describe(self, executor: str) -> None:
         try:
             self._tell(Described(_decode_cards(await self._bus.request(subjects.describe(executor)))))
-        except (Refused, msgspec.MsgspecError) as error:
+        except (Refused, *UNDECODABLE) as error:
             log.warning("%s did not describe its models: %s", executor, error)
         finally:
             del self._asking[executor]

@@ -16,7 +16,7 @@ from narsil_stream.core.bus import Bus
 from narsil_stream.core.config import Config
 from narsil_stream.core.ports import address, reserve
 from narsil_stream.core.telemetry import gauges
-from narsil_stream.gateways.http_body import Problem
+from narsil_stream.gateways.http_body import Problem, discard
 from narsil_stream.gateways.http_routes import Call, Reply, Route, Router
 from narsil_stream.gateways.http_verbs import ROUTES, Verbs, error, refusal
 from narsil_stream.gateways.inference import Inference
@@ -127,6 +127,8 @@ class HttpGateway(Actor[None]):
         self._open += 1
         try:
             reply = await self._reply(scope, proto)
+            if reply.status >= HTTPStatus.BAD_REQUEST and reply.status != HTTPStatus.REQUEST_TIMEOUT:
+                await discard(scope, proto)
             if self._inference.closing and scope.http_version.startswith("1"):
                 reply.headers.append(("connection", "close"))  # or the next request could meet a closed connection
             proto.response_bytes(reply.status, reply.headers, reply.body)

@@ -1,10 +1,11 @@
 """Request bodies as they come in: bounded in size, in time and in what all of them together may hold."""
 
 import asyncio
+import contextlib
 from http import HTTPStatus
 from typing import Self
 
-from granian.rsgi import HTTPProtocol, Scope
+from granian.rsgi import HTTPProtocol, ProtocolClosed, ProtocolError, Scope
 
 from narsil_stream.core.config.schema import HttpConfig
 from narsil_stream.gateways.http_codec import ENCODINGS, inflated
@@ -12,6 +13,8 @@ from narsil_stream.schemas.errors import Fault, Refused
 
 COMING_BYTES = 512 << 20
 """Bytes of bodies that one gateway process reads at the same time. A body of unknown length counts as the largest."""
+DISCARD_BYTES, DISCARD_S = 1 << 20, 1.0
+"""Of a body that nobody will read: so much of it is taken in, and for so long."""
 WATCH_AFTER_S = 0.01
 """Whether a caller is still there is asked only when its answer takes longer than this: asking costs 8 µs."""
 
@@ -69,6 +72,23 @@ async def _chunks(proto: HTTPProtocol, limit: int) -> bytes:
         if len(chunks) > limit:
             raise Refused(Fault.TOO_LARGE, f"a body of more than {limit} bytes")
     return bytes(chunks)
+
+
+async def discard(scope: Scope, proto: HTTPProtocol) -> None:
+    """Lets a body come that nobody will read, within bounds, so that the answer does not overtake it.
+
+    After such an answer the connection is closed, or over HTTP/2 the stream reset, and clients that are still sending
+    then show that and not the answer: curl does. Who asks first whether to send (Expect) sends nothing.
+    """
+    left = DISCARD_BYTES
+    if "expect" in scope.headers:
+        return
+    with contextlib.suppress(ProtocolError, ProtocolClosed, TimeoutError):  # ProtocolError: it has been read
+        async with asyncio.timeout(DISCARD_S):
+            async for chunk in proto:
+                left -= len(chunk)
+                if left < 0:
+                    return
 
 
 class WhileThere:

@@ -2,8 +2,9 @@
 
 import asyncio
 import math
+from collections.abc import Callable
 from http import HTTPStatus
-from typing import Any
+from typing import Any, cast
 
 import msgspec
 from prometheus_client import CollectorRegistry
@@ -24,7 +25,6 @@ from narsil_stream.schemas.wire import InferAnswer, InferRequest, JsonError
 
 JSON = ("content-type", "application/json")
 
-
 _decode_index = msgspec.json.Decoder(IndexRequest).decode
 _decode_action = msgspec.json.Decoder(RepositoryAction).decode
 
@@ -41,15 +41,16 @@ class Verbs:
         headers, caller = call.scope.headers, WhileThere(call.proto)
         content_type = headers.get("content-type", "")
         spelling, binary_output = Spelling.MSGPACK if is_msgpack(content_type) else Spelling.JSON, False
-        problem: Problem | None = None
+        instead: Reply | None = None
 
         async def read() -> InferRequest:
-            nonlocal binary_output, problem
+            nonlocal binary_output, instead
             try:
                 body = await self._bodies.read(call.scope, call.proto)
-            except Problem as found:  # it counts as a refusal, and is answered as HTTP has it
-                problem = found
-                raise invalid(found.detail) from None
+            except Problem as problem:  # counted as a refusal, answered as HTTP has it
+                # Not the exception itself: it holds this frame, and both would hold the connection.
+                instead = error(problem.status, problem.detail, *problem.headers)
+                raise invalid(problem.detail) from None
             request, binary_output = decode(body, spelling, headers.get(JSON_LENGTH))
             caller.watch()
             return request
@@ -61,8 +62,8 @@ class Verbs:
             if not caller.left:
                 raise
             answer = InferAnswer("", fault=Fault.CANCELLED.name, detail="the caller has left")
-        if problem is not None:
-            raise problem
+        if instead is not None:
+            return instead
         status, more = HTTPStatus.OK.value, retry_after(answer.retry_after_us)
         if answer.fault:
             status = named(answer.fault).http
@@ -94,8 +95,7 @@ class Verbs:
         return _json(HTTPStatus.OK, await self._inference.statistics(call.model, call.version))
 
     async def index(self, call: Call) -> Reply:
-        body = await self._bodies.read(call.scope, call.proto)
-        wanted = _read(_decode_index, body, IndexRequest())
+        wanted = read_index(await self._bodies.read(call.scope, call.proto))
         return _json(HTTPStatus.OK, await self._inference.index(wanted.ready))
 
     async def load(self, call: Call) -> Reply:
@@ -107,9 +107,7 @@ class Verbs:
         return _json(HTTPStatus.OK, {})
 
     async def _action(self, call: Call) -> RepositoryAction:
-        body = await self._bodies.read(call.scope, call.proto)
-        action: RepositoryAction = _read(_decode_action, body, RepositoryAction())
-        return action
+        return read_action(await self._bodies.read(call.scope, call.proto))
 
     async def metrics(self, _: Call) -> Reply:
         exposition = text(self._registry).encode()
@@ -125,12 +123,21 @@ class Verbs:
         raise Refused(Fault.UNIMPLEMENTED, f"{call.scope.path} is an extension of Triton's that is not offered here")
 
 
-def _read(decoder: Any, body: bytes, default: Any) -> Any:
-    """Raises INVALID_ARGUMENT; an empty body is `default`."""
+def read_index(body: bytes) -> IndexRequest:
+    """Raises INVALID_ARGUMENT. An empty body asks for nothing in particular."""
+    return cast(IndexRequest, _read(_decode_index, body) or IndexRequest())
+
+
+def read_action(body: bytes) -> RepositoryAction:
+    """Raises INVALID_ARGUMENT. An empty body has no parameters."""
+    return cast(RepositoryAction, _read(_decode_action, body) or RepositoryAction())
+
+
+def _read(decode: Callable[[bytes], Any], body: bytes) -> Any:
     if not body.strip():
-        return default
+        return None
     try:
-        return decoder(body)
+        return decode(body)
     except (msgspec.MsgspecError, ValueError, RecursionError) as error:
         raise invalid(f"the body is not what this path takes: {error}") from None
 

@@ -20,6 +20,7 @@ from numpy.typing import NDArray
 from safetensors import SafetensorError, safe_open
 from safetensors.numpy import save_file
 
+from narsil_stream.schemas.codec import UNDECODABLE
 from narsil_stream.schemas.model import DcnV2, ModelSpec, Table
 
 MODEL = "model.json"
@@ -218,7 +219,7 @@ def _cross_layout(shape: DcnV2, width: int) -> dict[str, Slot]:
 def _decode_spec(data: bytes, where: str) -> ModelSpec:
     try:
         return msgspec.json.decode(data, type=ModelSpec)
-    except (msgspec.DecodeError, ValueError) as error:
+    except UNDECODABLE as error:
         raise ArtifactError(
             where, f"an unfit description ({error})", "a model description of format 1", _RESTORE
         ) from error

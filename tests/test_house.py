@@ -79,7 +79,7 @@ def test_every_command_that_a_document_names_exists(document: str):
     """The first thing that a new user types is copied from there."""
     text = (ROOT / document).read_text()
     code = "\n".join([*re.findall(r"^```.*?^```", text, re.DOTALL | re.MULTILINE), *re.findall(r"`[^`\n]+`", text)])
-    named = re.compile(r"(?:^|[`$&|;] *)(narsil|make) ([a-z]+)\b", re.MULTILINE)
+    named = re.compile(r"(?:^|[`$&|;] *)(narsil|make) ([a-z-]+)\b", re.MULTILINE)
     known = {"make": targets(), "narsil": {entry.name for entry in COMMANDS}}
     assert [f"{tool} {name}" for tool, name in named.findall(code) if name not in known[tool]] == []
 

@@ -12,8 +12,8 @@ import uvloop
 from nats.aio.msg import Msg
 
 from narsil_stream.cli.asking import CONNECT_S, described, say, setup_logs, told
+from narsil_stream.cli.examples import example_request
 from narsil_stream.cli.options import config_options, fail
-from narsil_stream.cli.serve import example_request
 from narsil_stream.core.bus import Bus
 from narsil_stream.core.client import Client
 from narsil_stream.core.config import Loaded, NatsConfig

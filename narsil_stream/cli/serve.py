@@ -1,20 +1,15 @@
 """`narsil serve`: the whole pipeline on this machine."""
 
-import json
-import os
-import shlex
-import shutil
 import sys
-from pathlib import Path
 from typing import TYPE_CHECKING
 
 import rich_click as click
 import uvloop
 
+from narsil_stream.cli.examples import examples, login_variables
 from narsil_stream.cli.options import config_options
 from narsil_stream.core import logs
-from narsil_stream.core.config import Config, Loaded
-from narsil_stream.core.config.settings import settings, without_login
+from narsil_stream.core.config import Loaded
 from narsil_stream.core.ports import PortTaken, address
 from narsil_stream.schemas import subjects
 from narsil_stream.schemas.internal import ModelCard
@@ -73,125 +68,10 @@ def show(supervisor: "Supervisor", cards: list[ModelCard]) -> None:
     )
     console.print(table)
     if cards:
-        console.print("\nTry, from another terminal:\n")
+        console.print("\nTry, from another terminal; `narsil client-example http` prints a whole program:\n")
         if variables := login_variables(config):
             there = "The broker wants a login: in that terminal, first set"
             console.print(f"{there} {', '.join(variables)} to what they are here.\n", highlight=False)
         for command in examples(config, cards[0]):
             console.print(command + "\n", highlight=False, markup=False, emoji=False)
     console.print("Ctrl-C stops it: what was accepted is answered first.")
-
-
-LOGIN = ("user", "password", "token", "nkey_seed_file", "creds_file", "tls_ca", "tls_cert", "tls_key")
-"""Settings of `nats` that every client of the broker needs as well."""
-
-
-def login_variables(config: Config) -> list[str]:
-    """The variables that a client needs to be let in: no command shows what is in them."""
-    keys = [f"nats.{name}" for name in LOGIN if getattr(config.nats, name)]
-    if _login_in_url(config):
-        keys.append("nats.url")
-    return [settings()[key].variable for key in keys]
-
-
-def _login_in_url(config: Config) -> bool:
-    return without_login(config.nats.url) != config.nats.url
-
-
-def examples(config: Config, card: ModelCard) -> list[str]:
-    """Three ways to ask for one row's score (two without an HTTP gateway), to copy into any shell.
-
-    See `login_variables`.
-    """
-    body, name = example_request(card), card.spec.name
-    url = config.nats.url or f"nats://{address(config.nats.host, config.nats.port)}"
-    known = _login_in_url(config) or url == "nats://127.0.0.1:4222"
-    flag = "" if known else f" --nats-url {shlex.quote(url)}"
-    scheme = "https" if config.access.tls_cert else "http"
-    http = shlex.quote(f"{scheme}://{address(config.http.host, config.http.port)}/v2/models/{name}/infer")
-    token = ' -H "authorization: Bearer $TOKEN"' if config.access.tokens_file else ""
-    return [
-        *([f"curl -s{token} {http} -d '{body}'"] if config.http.processes else []),
-        f"printf '%s' '{body}' | {_narsil()} request{flag} --model {name}",
-        _raw_nats(config, url, subjects.infer(name), body),
-    ]
-
-
-def example_request(card: ModelCard) -> str:
-    """One row as an Open Inference Protocol request."""
-    spec = card.spec
-    dense = [round(0.1 * i, 1) for i in range(spec.n_dense)]
-    sparse = [(7 * i + 1) % table.rows for i, table in enumerate(spec.tables)]
-    inputs = [
-        {"name": "dense", "datatype": "FP32", "shape": [1, spec.n_dense], "data": dense},
-        {"name": "sparse", "datatype": "INT64", "shape": [1, spec.n_sparse], "data": sparse},
-    ]
-    return json.dumps({"inputs": inputs}, separators=(",", ":"))
-
-
-def _raw_nats(config: Config, url: str, subject: str, body: str) -> str:
-    """With NATS's own command line if it is installed and needs no login, else with nats-py, which is."""
-    variables = login_variables(config)
-    if shutil.which("nats") and not variables:
-        return f"nats --server {shlex.quote(url)} req {subject} '{body}'"
-    servers = json.dumps([one.strip() for one in url.split(",")])
-    if _login_in_url(config):
-        servers = 'os.environ["NARSIL_NATS_URL"].split(",")'
-    lines = [
-        "import asyncio, nats, os, ssl" if variables else "import asyncio, nats",
-        *_tls(config),
-        "async def main():",
-        f"    async with await nats.connect({', '.join([servers, *_login(config)])}) as nc:",
-        f"""        answer = await nc.request("{subject}", b'{body}')""",
-        "        print(answer.data.decode())",
-        "asyncio.run(main())",
-    ]
-    return "\n".join([f"{_python()} - <<'END'", *lines, "END"])
-
-
-def _tls(config: Config) -> list[str]:
-    """Lines of Python that make the variable `tls`."""
-    nats, lines = config.nats, []
-    if nats.tls_ca or nats.tls_cert:
-        authorities = 'cafile=os.environ["NARSIL_NATS_TLS_CA"]' if nats.tls_ca else ""
-        lines.append(f"tls = ssl.create_default_context({authorities})")
-    if nats.tls_cert:
-        lines.append('tls.load_cert_chain(os.environ["NARSIL_NATS_TLS_CERT"], os.environ["NARSIL_NATS_TLS_KEY"])')
-    return lines
-
-
-def _login(config: Config) -> list[str]:
-    """Arguments of nats-py."""
-    names = {
-        "user": "user",
-        "password": "password",
-        "token": "token",
-        "nkey_seed_file": "nkeys_seed",
-        "creds_file": "user_credentials",
-    }
-    given = {name: argument for name, argument in names.items() if getattr(config.nats, name)}
-    login = [f'{argument}=os.environ["{settings()[f"nats.{name}"].variable}"]' for name, argument in given.items()]
-    if seed := config.nats.nkey_seed_file:
-        login.append(f'inbox_prefix="{subjects.inbox(_public(seed))}"')
-    return [*login, "tls=tls"] if _tls(config) else login
-
-
-def _public(seed_file: str) -> str:
-    """The public nkey of a seed: a broker may keep other inboxes from this user."""
-    import nkeys
-
-    return str(nkeys.from_seed(bytearray(Path(seed_file).read_bytes().strip())).public_key.decode())
-
-
-def _narsil() -> str:
-    beside = Path(sys.executable).parent / "narsil"
-    return _whole(beside) if beside.exists() else f"{_python()} -m narsil_stream"
-
-
-def _python() -> str:
-    return _whole(Path(sys.executable))
-
-
-def _whole(path: Path) -> str:
-    """For a shell in whatever folder. Not resolved: the virtual environment's python is a link."""
-    return shlex.quote(os.path.abspath(path))  # noqa: PTH100 Path.resolve would follow the link

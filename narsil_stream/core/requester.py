@@ -20,6 +20,7 @@ from narsil_stream.core.bus import Bus
 from narsil_stream.core.config import Config
 from narsil_stream.core.versions import newness
 from narsil_stream.schemas import subjects
+from narsil_stream.schemas.codec import UNDECODABLE
 from narsil_stream.schemas.errors import Fault, Refused
 from narsil_stream.schemas.internal import Answers, Ask, BatcherBeat, Bundle, Cancel, ModelCard, ModelRef
 from narsil_stream.schemas.model import NAME
@@ -175,7 +176,7 @@ class Requester:
     async def _counted(self, batcher: str) -> StatisticsReport | None:
         try:
             return _decode_statistics(await self._bus.request(subjects.statistics(batcher)))
-        except (Refused, msgspec.MsgspecError) as error:
+        except (Refused, *UNDECODABLE) as error:
             log.warning("%s is left out of the statistics: %s", batcher, error)
             return None
 
@@ -377,8 +378,12 @@ class Requester:
     async def _described(self, peer: Peer, ref: ModelRef) -> ModelCard:
         card = self._cards.get(ref.digest)
         if card is None:
-            for known in _decode_cards(await self._bus.request(subjects.describe(peer.id))):
-                self._cards[known.digest] = known
+            described = await self._bus.request(subjects.describe(peer.id))
+            try:
+                self._cards |= {known.digest: known for known in _decode_cards(described)}
+            except UNDECODABLE as error:
+                log.warning("%s did not describe its models: %s", peer.id, error)
+                raise Refused(Fault.INTERNAL, f"{peer.id} does not describe its models as version 1 does") from None
             card = self._cards.get(ref.digest)
         if card is None:
             raise Refused(Fault.UNAVAILABLE, f"{peer.id} has not described model '{ref.name}' yet", 100_000)

@@ -2,7 +2,6 @@
 
 import base64
 import json
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -15,20 +14,12 @@ from narsil_stream.schemas.describe import as_json, components
 from narsil_stream.schemas.errors import Fault
 from narsil_stream.schemas.internal import Batch, Demand, Result
 from narsil_stream.schemas.wire import InferRequest
+from tests.schemas.walking import walk
 
 DOCUMENT = document()
 MESSAGES = DOCUMENT["components"]["messages"]
 SCHEMAS = DOCUMENT["components"]["schemas"]
 COMMITTED = Path(asyncapi.__file__).with_name("asyncapi.json")
-
-
-def walk(value: Any) -> Iterator[dict[str, Any]]:
-    if isinstance(value, dict):
-        yield value
-        value = list(value.values())
-    if isinstance(value, list):
-        for item in value:
-            yield from walk(item)
 
 
 def titles(schema: dict[str, Any]) -> list[str]:

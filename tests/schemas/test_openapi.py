@@ -18,7 +18,7 @@ from narsil_stream.schemas.errors import Fault
 from narsil_stream.schemas.http_operations import OPERATIONS
 from narsil_stream.schemas.json_tensor import CODES
 from narsil_stream.schemas.openapi import HttpTensor, document
-from tests.schemas.test_asyncapi import walk
+from tests.schemas.walking import walk
 
 DOCUMENT = document()
 COMMITTED = Path(openapi.__file__).with_name("openapi.json")
