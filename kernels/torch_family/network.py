@@ -30,7 +30,6 @@ class Network:
         spec = artifact.spec
         self._dtype = dtype
         self._on_cuda = device == "cuda"
-        self._side: Any = torch.cuda.Stream() if self._on_cuda else None
         self._tables = Tables(artifact, packing, dtype, device)
 
         def tensor(name: str) -> Any:
@@ -66,11 +65,10 @@ class Network:
 
     def logits(self, dense: Any, values: Any, offsets: Any) -> Any:
         """dense [rows, n_dense] FP32, values and offsets as `Packed` has them; out [rows] FP32."""
-        x, bottom = (
-            self._side_by_side(dense, values, offsets)
-            if self._on_cuda
-            else (self._tables(values, offsets), self._reduced(dense))
-        )
+        x = self._tables(values, offsets)
+        bottom = dense.to(self._dtype)
+        for layer in self._bottom:
+            bottom = layer(bottom)
         x.select(1, 0).copy_(bottom)
         hidden = self._dot(x) if self._cross is None else self._crossed(x)
         for layer in self._top:
@@ -78,23 +76,6 @@ class Network:
         if not self._top:
             hidden = hidden[:, : self._last[0].shape[1]]
         return torch.nn.functional.linear(hidden.float(), *self._last).view(-1)
-
-    def _reduced(self, dense: Any) -> Any:
-        """The bottom MLP. out [rows, dim]."""
-        bottom = dense.to(self._dtype)
-        for layer in self._bottom:
-            bottom = layer(bottom)
-        return bottom
-
-    def _side_by_side(self, dense: Any, values: Any, offsets: Any) -> tuple[Any, Any]:
-        """Lookup and bottom MLP at the same time, each too small for a whole GPU, in a graph as well."""
-        here = torch.cuda.current_stream()
-        self._side.wait_stream(here)
-        with torch.cuda.stream(self._side):
-            bottom = self._reduced(dense)
-        x = self._tables(values, offsets)
-        here.wait_stream(self._side)
-        return x, bottom
 
     def _dot(self, x: Any) -> Any:
         """[x[0], x[i]·x[j] for i > j in the order (1,0), (2,0), (2,1) ..., padding]. x [rows, vectors, dim]."""
