@@ -85,12 +85,16 @@ class GrpcGateway(Actor[None]):
             server.add_insecure_port(where)
 
     async def drain(self) -> None:
-        """Not ready from now on; take no new calls once callers had a moment to notice; finish what is open."""
+        """Not ready from now on; turn newcomers away once callers had a moment to notice; finish what is open.
+
+        grpc.aio itself turns away, as CANCELLED, what it has not begun when it stops: nothing should wait by then.
+        """
         self._inference.closing = True
         await asyncio.sleep(self._config.timing.notice_ms / 1e3)
         self._health.ended = True
         for stream in self._streams:
             stream.end()
+        await self._inference.turn_away()
         if self._server is not None:
             await self._server.stop(self._config.timing.drain_ms / 1e3)
 
@@ -110,7 +114,8 @@ class GrpcGateway(Actor[None]):
     def detail(self) -> str:
         models = ", ".join(f"{ref.name} {ref.version}" for ref in self._inference.models()) or "no model"
         ready = "ready" if self._inference.ready else "not ready"
-        return f"grpc://{address(self._config.grpc.host, self.port)}, {models}, {ready}"
+        scheme = "grpcs" if self._config.access.tls_cert else "grpc"
+        return f"{scheme}://{address(self._config.grpc.host, self.port)}, {models}, {ready}"
 
     # Calls. Messages come and go as bytes: what cannot be decoded is answered by the error table.
 
@@ -146,7 +151,13 @@ class GrpcGateway(Actor[None]):
 
     async def _stream_infer(self, _: object, context: Context) -> None:
         async def answered(data: bytes) -> bytes:
-            return serialized(to_stream_response(await self._answer(data, context)))
+            try:
+                self._check("ModelStreamInfer", context)  # a token may be taken back while its stream is open
+            except Refused as refused:
+                answer = InferAnswer("", fault=refused.fault.name, detail=refused.detail)
+            else:
+                answer = await self._answer(data, context)
+            return serialized(to_stream_response(answer))
 
         try:
             self._check("ModelStreamInfer", context)

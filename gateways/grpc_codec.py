@@ -174,10 +174,14 @@ FINAL = InferParameter(bool_param=True)
 
 
 def to_stream_response(answer: InferAnswer) -> Message:
-    """Scores or an error as a ModelStreamInferResponse."""
+    """Scores or an error as a ModelStreamInferResponse; an error's code and when to try again are parameters."""
     if answer.fault:
-        text = answer.detail or answer.fault
-        message: Message = StreamResponseMessage(error_message=text, infer_response={"id": answer.id})
+        said = {"code": InferParameter(string_param=answer.fault)}
+        if answer.retry_after_us:
+            said["retry_after_us"] = InferParameter(int64_param=answer.retry_after_us)
+        message: Message = StreamResponseMessage(
+            error_message=answer.detail or answer.fault, infer_response={"id": answer.id, "parameters": said}
+        )
     else:
         message = StreamResponseMessage(infer_response=to_response(answer, final=True))
     return message

@@ -93,9 +93,10 @@ class HttpGateway(Actor[None]):
             return
 
     async def drain(self) -> None:
-        """Not ready from now on; take no new connection once callers had a moment to notice; finish what is open."""
+        """Not ready from now on; turn newcomers away once callers had a moment to notice; finish what is open."""
         self._inference.closing = True
         await asyncio.sleep(self._config.timing.notice_ms / 1e3)
+        await self._inference.turn_away()
         await self._stop_server()
         while self._open:
             self._closed.clear()

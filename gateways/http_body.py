@@ -8,11 +8,13 @@ from typing import Self
 from granian.rsgi import HTTPProtocol, ProtocolClosed, ProtocolError, Scope
 
 from narsil_stream.core.config.schema import HttpConfig
-from narsil_stream.gateways.http_codec import ENCODINGS, inflated
+from narsil_stream.gateways.http_codec import ENCODINGS, JSON_BYTES, inflated
 from narsil_stream.schemas.errors import Fault, Refused
 
-COMING_BYTES = 512 << 20
-"""Bytes of bodies that one gateway process reads at the same time. A body of unknown length counts as the largest."""
+HELD_BYTES = 512 << 20
+"""Bytes of bodies that one gateway process holds at the same time, counted as they come in."""
+SMALL_BYTES = 64 << 10
+"""A body that is declared to be no larger is awaited in one piece, and counted at once."""
 DISCARD_BYTES, DISCARD_S = 1 << 20, 1.0
 """Of a body that nobody will read: so much of it is taken in, and for so long."""
 WATCH_AFTER_S = 0.01
@@ -29,49 +31,81 @@ class Problem(Exception):
         self.headers = headers
 
 
+class Held:
+    """What one request holds of the gateway's memory: `with bodies.held() as held`."""
+
+    def __init__(self, bodies: "Bodies") -> None:
+        self._bodies = bodies
+        self._bytes = 0
+
+    def take(self, count: int) -> None:
+        """Raises `Refused` OVERLOADED."""
+        if self._bodies.held_bytes + count > self._bodies.most_bytes:
+            raise Refused(Fault.OVERLOADED, "too many large bodies are here at once", 100_000)
+        self._bodies.held_bytes += count
+        self._bytes += count
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        self._bodies.held_bytes -= self._bytes
+
+
 class Bodies:
     """Reads the bodies of one gateway."""
 
     def __init__(self, config: HttpConfig) -> None:
         self._config = config
-        self._coming_bytes = 0
+        self.most_bytes = max(HELD_BYTES, 2 * config.max_body_bytes)
+        self.held_bytes = 0
 
-    async def read(self, scope: Scope, proto: HTTPProtocol) -> bytes:
-        """Without its content-encoding. Raises `Refused` TOO_LARGE or INVALID_ARGUMENT; Problem 408 or 415."""
+    def held(self) -> Held:
+        return Held(self)
+
+    async def read(self, scope: Scope, proto: HTTPProtocol, held: Held, inflated_bytes: int = JSON_BYTES) -> bytes:
+        """Without its content-encoding, of which at most `inflated_bytes` may come out.
+
+        Raises `Refused` TOO_LARGE, OVERLOADED or INVALID_ARGUMENT; Problem 408 or 415.
+        """
         headers = scope.headers
         encoding = headers.get("content-encoding", "").strip().lower()
         if encoding not in ("", "identity", *ENCODINGS):
             detail = f"content-encoding {encoding[:40]!r} is not known here; use {' or '.join(ENCODINGS)}"
             raise Problem(HTTPStatus.UNSUPPORTED_MEDIA_TYPE, detail, ("accept-encoding", ", ".join(ENCODINGS)))
-        body = await self._bounded(headers.get("content-length", ""), proto)
-        return await inflated(body, encoding, self._config.max_body_bytes) if encoding in ENCODINGS else body
+        body = await self._in_time(headers.get("content-length", ""), proto, held)
+        if encoding not in ENCODINGS:
+            return body
+        whole = await inflated(body, encoding, min(inflated_bytes, self._config.max_body_bytes))
+        held.take(len(whole))
+        return whole
 
-    async def _bounded(self, declared: str, proto: HTTPProtocol) -> bytes:
+    async def _in_time(self, declared: str, proto: HTTPProtocol, held: Held) -> bytes:
         limit = self._config.max_body_bytes
         length = int(declared) if declared.isdigit() else None
         if length is not None and length > limit:
             raise Refused(Fault.TOO_LARGE, f"a body of {declared} bytes; expected at most {limit}")
-        coming = limit if length is None else length
-        if self._coming_bytes + coming > max(COMING_BYTES, limit):
-            raise Refused(Fault.OVERLOADED, "too many large bodies are coming in at once", 100_000)
-        self._coming_bytes += coming
         try:
             async with asyncio.timeout(self._config.body_timeout_ms / 1e3):
-                return bytes(await proto()) if length is not None else await _chunks(proto, limit)
+                if length is None or length > SMALL_BYTES:
+                    return await _chunks(proto, limit, held)
+                held.take(length)
+                return bytes(await proto())
         except TimeoutError:
             detail = f"the body did not come within {self._config.body_timeout_ms} ms"
             raise Problem(HTTPStatus.REQUEST_TIMEOUT, detail, ("connection", "close")) from None
-        finally:
-            self._coming_bytes -= coming
 
 
-async def _chunks(proto: HTTPProtocol, limit: int) -> bytes:
-    chunks = bytearray()
+async def _chunks(proto: HTTPProtocol, limit: int, held: Held) -> bytes:
+    """Counted as they come: who declares much and sends little takes nothing from others."""
+    chunks, size = [], 0
     async for chunk in proto:
-        chunks += chunk
-        if len(chunks) > limit:
+        held.take(len(chunk))
+        chunks.append(chunk)
+        size += len(chunk)
+        if size > limit:
             raise Refused(Fault.TOO_LARGE, f"a body of more than {limit} bytes")
-    return bytes(chunks)
+    return b"".join(chunks)
 
 
 async def discard(scope: Scope, proto: HTTPProtocol) -> None:

@@ -5,7 +5,9 @@ Inference-Header-Content-Length says how long the JSON is.
 """
 
 import asyncio
+import contextlib
 import zlib
+from concurrent.futures import ThreadPoolExecutor
 from typing import NamedTuple
 
 import msgspec
@@ -18,10 +20,12 @@ from narsil_stream.schemas.wire import InferAnswer, InferRequest, JsonOutputWish
 
 JSON_LENGTH = "inference-header-content-length"
 MSGPACK_TYPES = ("application/msgpack", "application/x-msgpack", "application/vnd.msgpack")
-JSON_BYTES = 16 << 20
+JSON_BYTES = 4 << 20
 """Of one body's JSON: reading it holds up the event loop. Binary tensors have no such limit."""
-INLINE_BYTES = 64 << 10
-"""Bodies up to this size are inflated at once, larger ones in a thread."""
+INLINE_BYTES = 256 << 10
+"""Bodies that inflate to no more than this are inflated at once, larger ones in a thread."""
+INFLATING = ThreadPoolExecutor(2, thread_name_prefix="inflating")
+"""Few, so that few large bodies exist that are not counted yet."""
 WORTH_DEFLATING = 1_024
 """Bytes of an answer below which it is sent as it is, whatever the client accepts."""
 ENCODINGS = {"gzip": 31, "deflate": 15}
@@ -143,25 +147,31 @@ def encode(answer: InferAnswer, spelling: Spelling, binary_output: bool) -> Body
 
 async def inflated(body: bytes, encoding: str, limit: int) -> bytes:
     """The body without its content-encoding, one of `ENCODINGS`. Raises TOO_LARGE above `limit`, INVALID_ARGUMENT."""
-    if len(body) <= INLINE_BYTES:
-        return _inflate(body, encoding, limit)
-    return await asyncio.to_thread(_inflate, body, encoding, limit)
+    if len(body) <= INLINE_BYTES:  # most are small, but 64 kB may become 64 MB
+        with contextlib.suppress(zlib.error):
+            stream = zlib.decompressobj(ENCODINGS[encoding])
+            whole = stream.decompress(body, min(limit, INLINE_BYTES))
+            if stream.eof and not stream.unused_data:
+                return whole
+    return await asyncio.get_running_loop().run_in_executor(INFLATING, _inflate, body, encoding, limit)
 
 
 def _inflate(body: bytes, name: str, limit: int) -> bytes:
-    whole = bytearray()
+    members: list[bytes] = []
+    size = 0
     try:
-        while body:  # a gzip body may have several members
+        while body or not members:  # a gzip body may have several members
             stream = zlib.decompressobj(ENCODINGS[name])
-            whole += stream.decompress(body, limit + 1 - len(whole))
-            if len(whole) > limit:
+            members.append(stream.decompress(body, limit + 1 - size))
+            size += len(members[-1])
+            if size > limit:
                 raise Refused(Fault.TOO_LARGE, f"a body of more than {limit} bytes after {name}")
             if not stream.eof:
                 raise invalid(f"the body ends in the middle of its {name} data")
             body = stream.unused_data if name != "deflate" else b""
     except zlib.error as error:
         raise invalid(f"the body is not {name}, as its content-encoding says: {error}") from None
-    return bytes(whole)
+    return b"".join(members)
 
 
 def deflated(body: Body, accepted: str) -> Body:

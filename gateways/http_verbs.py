@@ -13,7 +13,7 @@ from narsil_stream.core.access import CHALLENGES
 from narsil_stream.core.config import Config
 from narsil_stream.core.telemetry import text
 from narsil_stream.gateways.http_body import Bodies, Problem, WhileThere
-from narsil_stream.gateways.http_codec import JSON_LENGTH, Body, decode, deflated, encode, is_msgpack
+from narsil_stream.gateways.http_codec import JSON_BYTES, JSON_LENGTH, Body, decode, deflated, encode, is_msgpack
 from narsil_stream.gateways.http_documents import OPENAPI, OPENAPI_HEADERS, PAGE, PAGE_HEADERS
 from narsil_stream.gateways.http_routes import Call, Headers, Reply, Route
 from narsil_stream.gateways.inference import Inference
@@ -36,17 +36,20 @@ class Verbs:
         self._inference = inference
         self._registry = registry
         self._bodies = Bodies(config.http)
+        self._most_bytes = config.http.max_body_bytes
 
     async def infer(self, call: Call) -> Reply:
         headers, caller = call.scope.headers, WhileThere(call.proto)
         content_type = headers.get("content-type", "")
         spelling, binary_output = Spelling.MSGPACK if is_msgpack(content_type) else Spelling.JSON, False
-        instead: Reply | None = None
+        in_json = spelling is Spelling.JSON and JSON_LENGTH not in headers
+        most = JSON_BYTES if in_json else self._most_bytes
+        held, instead = self._bodies.held(), None
 
         async def read() -> InferRequest:
             nonlocal binary_output, instead
             try:
-                body = await self._bodies.read(call.scope, call.proto)
+                body = await self._bodies.read(call.scope, call.proto, held, most)
             except Problem as problem:  # counted as a refusal, answered as HTTP has it
                 # Not the exception itself: it holds this frame, and both would hold the connection.
                 instead = error(problem.status, problem.detail, *problem.headers)
@@ -56,7 +59,7 @@ class Verbs:
             return request
 
         try:
-            with caller:
+            with caller, held:
                 answer = await self._inference.ask(call.model, call.version, read)
         except asyncio.CancelledError:
             if not caller.left:
@@ -95,7 +98,7 @@ class Verbs:
         return _json(HTTPStatus.OK, await self._inference.statistics(call.model, call.version))
 
     async def index(self, call: Call) -> Reply:
-        wanted = read_index(await self._bodies.read(call.scope, call.proto))
+        wanted = read_index(await self._short_body(call))
         return _json(HTTPStatus.OK, await self._inference.index(wanted.ready))
 
     async def load(self, call: Call) -> Reply:
@@ -107,7 +110,11 @@ class Verbs:
         return _json(HTTPStatus.OK, {})
 
     async def _action(self, call: Call) -> RepositoryAction:
-        return read_action(await self._bodies.read(call.scope, call.proto))
+        return read_action(await self._short_body(call))
+
+    async def _short_body(self, call: Call) -> bytes:
+        with self._bodies.held() as held:
+            return await self._bodies.read(call.scope, call.proto, held)
 
     async def metrics(self, _: Call) -> Reply:
         exposition = text(self._registry).encode()

@@ -4,6 +4,7 @@ A door (HTTP, gRPC ...) only decodes, calls one of these methods and encodes wha
 """
 
 import asyncio
+import contextlib
 from collections.abc import Awaitable, Callable
 
 from prometheus_client import CollectorRegistry
@@ -31,6 +32,8 @@ from narsil_stream.schemas.oip import (
 )
 from narsil_stream.schemas.wire import InferAnswer, InferRequest
 
+QUIET_S, TURN_AWAY_S = 0.05, 1.0
+
 Read = Callable[[], Awaitable[InferRequest]]
 
 NOTICED_S = 2.0
@@ -46,6 +49,8 @@ class Inference:
         self._requester = Requester(config, bus)
         self._repository = Repository(config, bus)
         self._metrics = RequestMetrics(registry)
+        self._asked = 0
+        self._turning_away = False
         self.closing = False
         """Set by a door that drains: it says that it is not ready, and finishes what is open."""
         gauges(
@@ -66,6 +71,20 @@ class Inference:
         await self._repository.stop()
         await self._requester.stop()
 
+    async def turn_away(self) -> None:
+        """Tell newcomers UNAVAILABLE; returns when none has come for a moment: then a server can stop and reset nobody.
+
+        Callers who come again and again are not waited for.
+        """
+        self._turning_away = True
+        with contextlib.suppress(TimeoutError):
+            async with asyncio.timeout(TURN_AWAY_S):
+                quiet = 0
+                while quiet < 2:  # once is not enough: a loop that lags reads its sockets late
+                    seen = self._asked
+                    await asyncio.sleep(QUIET_S)
+                    quiet = quiet + 1 if self._asked == seen else 0
+
     # Scores
 
     async def ask(self, model: str, version: str, read: Read) -> InferAnswer:
@@ -75,8 +94,11 @@ class Inference:
         """
         started = now_us()
         self._metrics.offered.inc()
+        self._asked += 1
         request = InferRequest("", ())
         try:
+            if self._turning_away:
+                raise Refused(Fault.UNAVAILABLE, "this gateway is stopping", 1_000_000)
             request = await read()
             answer = await self._answer(model, version, request)
         except Refused as refused:
