@@ -1,6 +1,7 @@
 # Two commands do everything: `make serve` and `make test`. `make` alone lists all.
 
 PYTHON ?= python3
+COMMA := ,
 ARGS ?=
 FUZZ_SECONDS ?= 60
 
@@ -9,6 +10,9 @@ REQUIREMENTS = requirements/torch-cpu.txt requirements/torchrec-cpu.txt
 # .venv serves too once it is complete and up to date; until then a light one without torch is enough.
 NEWER = $(foreach file,pyproject.toml $(REQUIREMENTS),-newer $(file))
 SERVE_VENV = $(if $(shell find .venv/.complete $(NEWER) 2>/dev/null),.venv,.venv-serve)
+
+# What computes on an NVIDIA GPU is installed where there is one.
+GPU = $(shell command -v nvidia-smi)
 
 define CHECK_PYTHON
 $(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || { \
@@ -29,7 +33,7 @@ help: ## List what make can do (this)
 
 setup: .venv/.complete ## Make .venv, with the tools, torch and TorchRec for CPU
 
-serve: $(SERVE_VENV)/.complete ## Run the whole pipeline here: no GPU, no torch (options: make serve ARGS='--http-port 9000')
+serve: $(SERVE_VENV)/.complete ## Run the whole pipeline here; needs no GPU and no torch (options: make serve ARGS='--http-port 9000')
 	@exec $(SERVE_VENV)/bin/narsil serve $(ARGS)
 
 test: setup ## Run the tests (options: make test ARGS='-k batch')
@@ -59,7 +63,7 @@ distclean: clean ## Remove these and the virtual environments
 	@$(CHECK_PYTHON)
 	@echo "Setting up .venv (a minute or more the first time) ..."
 	@$(PYTHON) -m venv .venv
-	@.venv/bin/python $(PIP_INSTALL) -e '.[dev]'
+	@.venv/bin/python $(PIP_INSTALL) -e '.[dev$(if $(GPU),$(COMMA)cuda)]'
 	@echo "Adding torch and TorchRec for CPU ..."
 	@.venv/bin/python $(PIP_INSTALL) -r requirements/torch-cpu.txt
 	@.venv/bin/python $(PIP_INSTALL) --no-deps -r requirements/torchrec-cpu.txt
@@ -69,5 +73,5 @@ distclean: clean ## Remove these and the virtual environments
 	@$(CHECK_PYTHON)
 	@echo "Setting up .venv-serve (about half a minute the first time) ..."
 	@$(PYTHON) -m venv .venv-serve
-	@.venv-serve/bin/python $(PIP_INSTALL) -e .
+	@.venv-serve/bin/python $(PIP_INSTALL) -e '.$(if $(GPU),[cuda])'
 	@touch $@

@@ -11,6 +11,7 @@ from collections.abc import Callable, Iterable
 from itertools import accumulate
 
 import msgspec
+import numpy as np
 from msgspec import Struct
 from nats.aio.msg import Msg
 from nats.micro.service import EndpointStats
@@ -351,6 +352,8 @@ class Batcher(Actor[Message]):
         """`tickets` in the order of the batch's rows; those that ended meanwhile are passed over."""
         started = time.perf_counter_ns()
         scores = result.scores
+        finite = np.isfinite(np.frombuffer(scores, np.float32))
+        sound = bool(finite.all())
         now = now_us()
         starts = accumulate((ticket.rows for ticket in tickets), initial=0)
         answered = []
@@ -360,6 +363,9 @@ class Batcher(Actor[Message]):
             ticket.state = State.DONE
             caller = self._close(ticket)
             took_us = now - ticket.arrived_us
+            if not (sound or finite[start : start + ticket.rows].all()):
+                self._fail(ticket, caller, took_us, "the model gave a score that is not a number")
+                continue
             self._metrics.requests.answered(ticket.rows, took_us / 1e6)
             self._stats.processing_time += took_us * 1_000
             output = Tensor("scores", "FP32", (ticket.rows,), scores[4 * start : 4 * (start + ticket.rows)])
@@ -367,6 +373,13 @@ class Batcher(Actor[Message]):
             answered.append(ticket)
         split_ns = time.perf_counter_ns() - started
         self._counts.computed(flight, answered, result.service_us, split_ns, now, unix_us() // 1_000)
+
+    def _fail(self, ticket: Ticket, caller: Caller, took_us: int, detail: str) -> None:
+        """One request of a batch alone: its neighbours have their scores."""
+        log.warning("a request of %d rows to %s failed: %s", ticket.rows, ticket.model.name, detail)
+        self._metrics.requests.ended_badly(Fault.INTERNAL.name)
+        self._counts.failed(ticket.model, took_us)
+        self._answer_error(caller, Fault.INTERNAL, detail, 0)
 
     def _close(self, ticket: Ticket) -> Caller:
         caller: Caller = ticket.payload.caller

@@ -57,7 +57,10 @@ class Backend(Protocol):
         """Allocate and compile all that batches of 1 to `max_rows` rows need, so that no live batch pays for it."""
 
     def run(self, batch: RaggedBatch, scores: NDArray[np.float32]) -> None:
-        """Write one score in [0, 1] for each row into `scores` [rows]. Rows are independent of each other."""
+        """Write one score in [0, 1] for each row into `scores` [rows]. Rows are independent of each other.
+
+        A row that overflows the arithmetic, as 65,520 does FP16, may get NaN: it fails its own request, no other.
+        """
 
     def unload(self) -> None:
         """Free device memory. `run` must not be called again."""

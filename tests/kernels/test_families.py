@@ -14,6 +14,7 @@ from narsil_stream.kernels.families import Unfit, choose
 from narsil_stream.kernels.init import Cross, criteo_spec, random_batch, random_model
 from narsil_stream.kernels.reference import Reference, sigmoid
 from narsil_stream.kernels.torch_family.unit import UNITS
+from narsil_stream.schemas.model import Table
 
 SMALL = criteo_spec(rows=50)
 LARGE = criteo_spec(rows=50, dim=64, bottom=(512, 256), top=(512, 512, 256))
@@ -139,3 +140,20 @@ def test_choosing_needs_neither_torch_nor_cupy() -> None:
     )
     done = subprocess.run([sys.executable, "-c", code], check=False, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
+
+
+def test_int8_is_exact_arithmetic_on_a_cpu_and_fp16_on_a_gpu(
+    monkeypatch: pytest.MonkeyPatch, machine: "type[Machine]"
+) -> None:
+    """Who asks for INT8 rows by name is promised 2e-3; BF16 behind them is off by more."""
+    asked: dict[str, str] = {}
+
+    def load(artifact: Path, *, precision: str) -> None:
+        asked["precision"] = precision
+
+    monkeypatch.setattr(torch_family, "load", load)
+    int8 = msgspec.structs.replace(LARGE, tables=tuple(Table(t.name, t.rows, "INT8") for t in LARGE.tables))
+    for unit, arithmetic in ((CPU, "fp32"), (CUDA, "fp16")):
+        machine.has(unit=unit)
+        choose("torch", "int8", int8).load(Path())
+        assert asked["precision"] == arithmetic
