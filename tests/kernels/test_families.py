@@ -105,7 +105,7 @@ def test_what_only_loading_finds_out_names_the_family_and_the_next_step(
     """For instance a precision that this GPU lacks."""
     machine.has(cupy=True, gpu=True)
 
-    def load(artifact: Path, precision: str) -> None:
+    def load(artifact: Path, *, precision: str, lanes: int) -> None:
         raise ValueError(f"no {precision} here")
 
     monkeypatch.setattr(native, "load", load)
