@@ -10,6 +10,9 @@ from narsil_stream.schemas.internal import ExecutorBeat, ModelRef, Slot
 DEMAND_EVERY_US = 20_000
 """How often an executor is asked for a slot again."""
 
+MISSED_BEATS = 2
+"""A result comes before the first heartbeat without its slot, or soon after: by the second one it is lost."""
+
 
 class Group:
     """Tickets that travel as one batch, with the history of its sendings."""
@@ -65,6 +68,8 @@ class Flight:
     overdue_us: int
     late: bool = False
     """It was overdue: the batch or its result may be lost."""
+    missed: int = 0
+    """Heartbeats of its executor since its slot has moved on."""
     joined_ns: int = 0
     """How long the joining of its rows took; for statistics."""
 
@@ -89,6 +94,8 @@ class Executor:
     abandoned: dict[int, int] = field(default_factory=dict)
     """Slots whose batch may never have arrived: given back with every demand until the executor says otherwise."""
     demanded_us: int = -DEMAND_EVERY_US
+    told_rows: int = 0
+    """Rows that wait here, as it was told last."""
     landed_us: int = 0
     """When the last result came."""
 
@@ -110,7 +117,10 @@ class Executor:
             for slot in idle
             if slot.generation == self.spent.get(slot.index) and slot not in coming
         }
-        ended = [flight for flight in self.flights.values() if flight.late and flight.slot not in held]
+        moved_on = [flight for flight in self.flights.values() if flight.slot not in held]
+        for flight in moved_on:
+            flight.missed += 1
+        ended = [flight for flight in moved_on if flight.late or flight.missed >= MISSED_BEATS]
         for flight in ended:
             del self.flights[flight.batch]
         return ended

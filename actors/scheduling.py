@@ -155,6 +155,14 @@ class Scheduler:
         """Predicted wait of a ticket that would come last."""
         return self._wait_us(self.executors.serving(model), now_us)
 
+    def advertised(self, now_us: int) -> tuple[int, int]:
+        """For the heartbeat, which goes to every executor: rows that wait, and µs until their earliest deadline."""
+        rows = self.rows
+        for executor in self.executors.values():
+            executor.told_rows = rows
+        deadlines = [due for queue in self.queues.values() if (due := queue.earliest_deadline()) is not None]
+        return rows, max(0, min(deadlines, default=now_us) - now_us)
+
     def idle(self) -> bool:
         """Nothing waits and nothing is under way."""
         return not self.rows and not any(group.is_open() for group in self._groups())
@@ -392,8 +400,12 @@ class Scheduler:
 
     def _pleas(self, now_us: int) -> Iterator[Plead]:
         for executor in self.executors.values():
-            if self._pleads(executor) and now_us - executor.demanded_us >= DEMAND_EVERY_US:
-                executor.demanded_us = now_us
+            if self._pleads(executor):
+                unheard = not executor.told_rows and self._wants(executor)
+                if unheard or now_us - executor.demanded_us >= DEMAND_EVERY_US:
+                    executor.demanded_us = now_us
+                    yield Plead(executor.id, self._demand(executor, now_us))
+            elif self._lets_go(executor):
                 yield Plead(executor.id, self._demand(executor, now_us))
 
     def _pleads(self, executor: Executor) -> bool:
@@ -401,6 +413,10 @@ class Scheduler:
         if executor.abandoned:
             return True
         return executor.up and not executor.free and not executor.full() and self._wants(executor)
+
+    def _lets_go(self, executor: Executor) -> bool:
+        """Whether it keeps a slot for work that has gone elsewhere: another batcher may be waiting for that one."""
+        return bool(executor.told_rows and executor.free) and not self._wants(executor)
 
     def _wants(self, executor: Executor) -> bool:
         if any(self._may_take(executor, group) for group in self.retries):
@@ -411,7 +427,7 @@ class Scheduler:
         queues = [queue for model, queue in self.queues.items() if queue.count and model in executor.models]
         groups = [group for group in self.retries if self._may_take(executor, group)]
         waiting: list[Queue | Group] = [*queues, *groups]
-        rows = sum(one.rows for one in waiting)
+        rows = executor.told_rows = sum(one.rows for one in waiting)
         deadlines = [due for one in waiting if (due := one.earliest_deadline()) is not None]
         slack_us = max(0, min(deadlines) - now_us) if deadlines else 0
         returned = tuple(Slot(index, generation) for index, generation in executor.abandoned.items())

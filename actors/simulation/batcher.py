@@ -85,13 +85,11 @@ class Batcher(Actor):
         for executor in policy.executors.values():
             if executor.up:
                 offers |= dict.fromkeys(sorted(executor.offers))
-        deadlines = [due for queue in policy.queues.values() if (due := queue.earliest_deadline()) is not None]
         beat = BatcherBeat(
             self.name,
             tuple(ModelRef(*key) for key in offers),
             max((policy.backlog_us(key, now) for key in policy.queues), default=0),
-            policy.rows,
-            max(0, min(deadlines, default=now) - now),
+            *policy.advertised(now),
             self.phase,
             policy.rules.lease_us // 1_000,
         )

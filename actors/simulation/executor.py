@@ -26,10 +26,12 @@ class Executor(Actor):
         self.ledger = Ledger(name, slots, world.rules.lease_us)
         self.inside = 0
         self.most_inside = 0
-        self.coming = 0
-        """Batches on their way to here."""
+        self.under_way = 0
+        """Batches on their way to here, results and slots on their way from here."""
         self.idle_us: int | None = None
         """Since when it has nothing to do although work waits for it."""
+        self.still_us: int | None = None
+        """Since when, beside that, nothing is under way."""
         self.slowness = 1.0
         self.slow_until_us = 0
         self._free_us = 0

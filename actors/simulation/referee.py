@@ -18,6 +18,10 @@ TICKET_GRACE_US = 1_000
 """A batcher that is not frozen ends a request within its budget and this much."""
 
 
+MOST_TRIPS = 5
+"""Round trips that an idle executor's slot may take from batcher to batcher until one has work for it."""
+
+
 class Violation(AssertionError):
     """A rule was broken."""
 
@@ -87,32 +91,41 @@ class Referee:
         self._check_idle(now)
 
     def _check_idle(self, now: int) -> None:
+        """One round trip while nothing is under way, and a few while a slot that it offers goes from hand to hand."""
         world = self._world
         hungry = None
         for executor in world.executors:
-            if executor.inside or executor.coming or executor.phase != "up" or executor.thaws_us > now:
-                executor.idle_us = None
+            if executor.inside or executor.phase != "up" or executor.thaws_us > now:
+                executor.idle_us = executor.still_us = None
                 continue
             if hungry is None:
                 hungry = [b for b in world.batchers if b.shadow.rows and b.thaws_us <= now]
-            waits = self._waits_for(executor, hungry, now)
+            waits = self._waits_for(executor, hungry, now) if hungry else None
             if waits is None:
-                executor.idle_us = None
-            elif executor.idle_us is None:
+                executor.idle_us = executor.still_us = None
+                continue
+            if executor.under_way:
+                executor.still_us = None
+            elif executor.still_us is None:
+                executor.still_us = now
+            if executor.idle_us is None:
                 executor.idle_us = now
-            elif now - executor.idle_us > world.round_trip_us:
-                self.fail(f"{executor.name} is idle for {now - executor.idle_us} us while work waits in {waits.name}")
+            still_us = 0 if executor.still_us is None else now - executor.still_us
+            idle_us = now - executor.idle_us
+            if still_us > world.round_trip_us or idle_us > MOST_TRIPS * world.round_trip_us:
+                self.fail(f"{executor.name} is idle for {idle_us} us while work waits in {waits.name}")
 
     def _waits_for(self, executor: "Executor", hungry: "list[Batcher]", now: int) -> "Batcher | None":
-        """A batcher with work for it, if no fault has struck either of late."""
+        """A batcher with work for it, if no fault has struck either of late, nor who holds its slots."""
         shaken_us = self._world.weather.shaken_us
-        if not hungry or self._world.rules.linger_us or shaken_us.get(executor.name, 0) > now:
+        concerned = [executor.name, *(place.holder for place in executor.ledger.places)]
+        if self._world.rules.linger_us or any(shaken_us.get(name, 0) > now for name in concerned):
             return None
         for batcher in hungry:
             known = batcher.policy.executors.get(executor.name)
-            if known is not None and known.up and shaken_us.get(batcher.name, 0) <= now:
-                if batcher.shadow.wanted(known.models):
-                    return batcher
+            heard = known is not None and known.up and shaken_us.get(batcher.name, 0) <= now
+            if known is not None and heard and batcher.shadow.wanted(known.models):
+                return batcher
         return None
 
     # Rest

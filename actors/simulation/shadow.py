@@ -96,9 +96,8 @@ class Shadow:
             if heap and (priority, heap[0][0]) < (last.priority, last.deadline_us):
                 left = self._waiting[heap[0][1]]
                 how = "of a more urgent class" if priority < last.priority else "with an earlier deadline"
-                self._referee.fail(
-                    f"{self._batcher.name} takes r{last.payload.request} and leaves r{left.payload.request} behind, {how}"
-                )
+                taken_number, left_number = last.payload.request, left.payload.request
+                self._referee.fail(f"{self._batcher.name} takes r{taken_number} and leaves r{left_number}, {how}")
 
     def check(self) -> None:
         """After each event of the batcher."""

@@ -19,7 +19,7 @@ EVENTS = {"freeze": 4, "crash": 3, "slow device": 2, "clock step": 3, "partition
 """Kinds that strike actors, and how often at most."""
 KINDS = (*SHARES, *EVENTS)
 AFTERMATH_US = 100_000
-"""So long a fault excuses those whom it struck from working without a pause: a lease, which is what finding out takes."""
+"""So long a fault excuses those whom it struck from working without a pause: a lease, until it is found out."""
 ON_TIME = (0,)
 
 

@@ -16,7 +16,7 @@ from narsil_stream.actors.simulation.gateway import Gateway
 from narsil_stream.actors.simulation.messages import Message, told
 from narsil_stream.actors.simulation.referee import Referee
 from narsil_stream.actors.simulation.weather import Faults, Weather
-from narsil_stream.schemas.internal import Batch, ModelRef
+from narsil_stream.schemas.internal import Batch, Grant, ModelRef, Result
 
 BEAT_US = 25_000
 LEASE_US = 100_000
@@ -91,17 +91,25 @@ class World:
         if self.trace is not None and (text := told(message)):
             self.note(f"{sender.name} -> {to}", text)
         message, times = self.weather.fate(sender.name, to, message)
-        if isinstance(message, Batch) and to in self.executors_by_name:
-            self.executors_by_name[to].coming += len(times)
+        if isinstance(message, Batch | Result | Grant):
+            executor = self._served_by(to, message)
+            if executor is not None:
+                executor.under_way += len(times)
         for late_us in times:
             self.at(self.now + LATENCY_US + late_us, self._deliver, to, message)
 
     def _deliver(self, to: str, message: Message) -> None:
+        if isinstance(message, Batch | Result | Grant):
+            executor = self._served_by(to, message)
+            if executor is not None:
+                executor.under_way -= 1
         actor = self.actors.get(to)
         if actor is not None:
-            if isinstance(message, Batch):
-                self.executors_by_name[to].coming -= 1
             actor.take(message)
+
+    def _served_by(self, to: str, message: Batch | Result | Grant) -> Executor | None:
+        """The executor that a message keeps from being idle."""
+        return self.executors_by_name.get(to if isinstance(message, Batch) else message.executor)
 
     # Actors
 
@@ -126,9 +134,12 @@ class World:
     def _served(self) -> tuple[ModelRef, ...]:
         """By a new executor: all models, or at times only one while another one serves all."""
         keys = list(self.models.values())
-        if self.rng.random() < 0.5 and any(len(executor.models) == len(keys) for executor in self.executors):
+        if self.rng.random() < 0.5 and self._all_served():
             keys = keys[:1]
         return tuple(ModelRef(*key) for key in keys)
+
+    def _all_served(self) -> bool:
+        return any(len(one.models) == len(self.models) and one.phase == "up" for one in self.executors)
 
     def end_actor(self, actor: Actor) -> None:
         """It is no more, and what it held in memory is gone."""
