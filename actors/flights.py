@@ -164,6 +164,9 @@ class Fleet(dict[str, Executor]):
     def serving(self, model: ModelKey) -> list[Executor]:
         return [executor for executor in self.values() if executor.up and model in executor.models]
 
+    def served(self, model: ModelKey) -> bool:
+        return any(executor.up and model in executor.models for executor in self.values())
+
     def offered(self, model: ModelKey) -> bool:
         return any(executor.up and model in executor.offers for executor in self.values())
 

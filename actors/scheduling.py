@@ -225,12 +225,14 @@ class Scheduler:
 
     def _expired(self, now_us: int) -> Iterator[Drop]:
         for queue in self.queues.values():
-            for ticket in queue.expired(now_us):
+            due_us = queue.earliest_deadline()
+            for ticket in queue.expired(now_us) if due_us is not None and due_us <= now_us else ():
                 yield self._drop(ticket, Fault.DEADLINE_EXCEEDED, "the budget ran out in the queue")
         for group in self._groups():
             for ticket in group.expired(now_us):
                 yield self._drop(ticket, Fault.DEADLINE_EXCEEDED, "the budget ran out while scoring")
-        self.retries = [group for group in self.retries if not group.done]
+        if self.retries:
+            self.retries = [group for group in self.retries if not group.done]
 
     def _excuse_own_pause(self, now_us: int) -> None:
         """Heartbeats that came while this process itself stood still are not read yet: nobody is dead for that."""
@@ -255,11 +257,11 @@ class Scheduler:
     def _unserved(self) -> Iterator[Decision]:
         """What waits for a model that no executor is left for."""
         for model, queue in list(self.queues.items()):
-            if not self.executors.serving(model):
+            if not self.executors.served(model):
                 del self.queues[model]
                 for ticket in queue.drain():
                     yield self._drop(ticket, Fault.UNAVAILABLE, "no executor is alive for this model", 1_000)
-        for group in [group for group in self.retries if not self.executors.serving(group.model)]:
+        for group in [group for group in self.retries if not self.executors.served(group.model)]:
             self.retries.remove(group)
             if not self.executors.flying(group):
                 yield from self._give_up(group)
@@ -274,7 +276,7 @@ class Scheduler:
         """Send a group once more, unless that is under way already or its tries are used up."""
         if group.done or group in self.retries or self.executors.flying(group):
             return []
-        if group.sends >= MAX_SENDS or not self.executors.serving(group.model):
+        if group.sends >= MAX_SENDS or not self.executors.served(group.model):
             return self._give_up(group)
         self.retries.append(group)
         return []
@@ -419,9 +421,10 @@ class Scheduler:
         return bool(executor.told_rows and executor.free) and not self._wants(executor)
 
     def _wants(self, executor: Executor) -> bool:
-        if any(self._may_take(executor, group) for group in self.retries):
-            return True
-        return any(queue.count and model in executor.models for model, queue in self.queues.items())
+        for model, queue in self.queues.items():
+            if queue.count and model in executor.models:
+                return True
+        return any(self._may_take(executor, group) for group in self.retries)
 
     def _demand(self, executor: Executor, now_us: int) -> Demand:
         queues = [queue for model, queue in self.queues.items() if queue.count and model in executor.models]
@@ -440,16 +443,18 @@ class Scheduler:
             due_us = queue.earliest_deadline()
             if due_us is not None:
                 yield due_us
-                ripe_us = self._ripe_us(model, queue)
-                if ripe_us > now_us:
+                if self.rules.linger_us and (ripe_us := self._ripe_us(model, queue)) > now_us:
                     yield ripe_us
-        for group in self._groups():
-            due_us = group.earliest_deadline()
-            if due_us is not None:
+        for group in self.retries:
+            if not group.done and (due_us := group.earliest_deadline()) is not None:
                 yield due_us
         for executor in self.executors.values():
             yield executor.seen_us + self.rules.lease_us
-            yield from (f.overdue_us for f in executor.flights.values() if not f.late)
+            for flight in executor.flights.values():
+                if not flight.late:
+                    yield flight.overdue_us
+                if not flight.group.done and (due_us := flight.group.earliest_deadline()) is not None:
+                    yield due_us
             if self._pleads(executor):
                 yield executor.demanded_us + DEMAND_EVERY_US
             if executor.free and any(self._may_take(executor, group) for group in self.retries):

@@ -115,7 +115,7 @@ class Batcher(Actor):
             return
         self.world.tally["decision", "batcher: admitted"] += 1
         self._open[reply, wish.slot] = ticket
-        self.shadow.admitted(ticket)
+        self.shadow.admitted(ticket, now + wish.budget_us)
 
     def _cancel(self, reply: str, slot: int) -> None:
         ticket = self._open.pop((reply, slot), None)

@@ -84,7 +84,7 @@ class Executor(Actor):
         self.inside += 1
         self.most_inside = max(self.most_inside, self.inside)
         start_us = max(self._free_us, world.now)
-        service_us = int(world.pass_us(batch.rows) * (self.slowness if start_us < self.slow_until_us else 1))
+        service_us = world.pass_us(batch.rows, self.slowness if start_us < self.slow_until_us else 1.0)
         if start_us >= world.now + batch.budget_us:
             service_us = 0
             result = Result(batch.batch, self.name, NOTHING, 0, Fault.DEADLINE_EXCEEDED.name)

@@ -29,8 +29,6 @@ class Violation(AssertionError):
 class Referee:
     """Of one world. What an event touches is checked by the actor that it touches; what time alone can break, here."""
 
-    ticket_grace_us = TICKET_GRACE_US
-
     def __init__(self, world: "World") -> None:
         self._world = world
         self._watched: list[tuple[int, int, Actor, int]] = []

@@ -11,7 +11,8 @@ from narsil_stream.actors.simulation.referee import Violation
 from narsil_stream.actors.simulation.world import BEAT_US, LEASE_US, RULES, World
 
 STORM_US = 250_000
-CALM_US = 4 * LEASE_US
+CALM_US = LEASE_US + 4 * BEAT_US
+"""After the last fault, for leases to end and slots to come back."""
 BURST = 25
 """Requests in the last burst, for each executor."""
 REQUESTS = 200
@@ -60,7 +61,9 @@ def play(world: World) -> None:
     world.run_until(STORM_US)
     world.note("weather", "clears up")
     world.weather.clear_up()
-    world.run_until(STORM_US + CALM_US)
+    world.run_until(max(STORM_US, world.weather.over_us) + CALM_US)
+    if any(executor.inside for executor in world.executors):  # a slow pass that began in the storm
+        world.run_until(world.now + CALM_US)
     world.referee.check_rest()
     burst(world)
 

@@ -7,6 +7,7 @@ from narsil_stream.actors.decisions import Dispatch
 from narsil_stream.actors.leasing import Place
 from narsil_stream.actors.queue import ModelKey, State, Ticket
 from narsil_stream.actors.scheduling import MAX_SENDS
+from narsil_stream.actors.simulation.referee import TICKET_GRACE_US
 
 if TYPE_CHECKING:
     from narsil_stream.actors.simulation.batcher import Batcher
@@ -24,19 +25,22 @@ class Shadow:
         self._waiting: dict[int, Ticket] = {}
         self._order: dict[ModelKey, dict[int, list[tuple[int, int]]]] = {}
         """By model and priority, a heap of deadlines and ids; those that have left come off when they come up."""
+        self._deadlines: dict[int, int] = {}
         self._under_way: dict[int, tuple[str, int]] = {}
         """Executor and batch of each ticket's last sending."""
         self.rows = 0
         self._bytes = 0
         self._checks = 0
 
-    def admitted(self, ticket: Ticket) -> None:
+    def admitted(self, ticket: Ticket, deadline_us: int) -> None:
+        """The deadline is what the request says, by the batcher's clock."""
         batcher = self._batcher
         batcher.unended[ticket.id] = ticket
-        self._referee.watch(batcher, ticket.id, ticket.deadline_us - batcher.skew_us, self._referee.ticket_grace_us)
+        self._deadlines[ticket.id] = deadline_us
+        self._referee.watch(batcher, ticket.id, deadline_us - batcher.skew_us, TICKET_GRACE_US)
         self._waiting[ticket.id] = ticket
         heap = self._order.setdefault(ticket.model, {}).setdefault(ticket.priority, [])
-        heappush(heap, (ticket.deadline_us, ticket.id))
+        heappush(heap, (deadline_us, ticket.id))
         self.rows += ticket.rows
         self._bytes += ticket.bytes
 
@@ -67,7 +71,7 @@ class Shadow:
         for ticket in tickets:
             if ticket.state is not State.IN_FLIGHT or ticket.id not in self._batcher.unended:
                 fail(f"{name} computes r{ticket.payload.request} for nobody")
-            if ticket.deadline_us <= now:
+            if self._deadlines[ticket.id] <= now:
                 fail(f"{name} computes r{ticket.payload.request} although its budget has run out")
             self._check_alone(ticket)
             self._under_way[ticket.id] = (decision.executor, decision.batch)
@@ -89,11 +93,11 @@ class Shadow:
                 )
 
     def _check_order(self, model: ModelKey, taken: list[Ticket]) -> None:
-        last = max(taken, key=lambda ticket: (ticket.priority, ticket.deadline_us))
+        last = max(taken, key=lambda ticket: (ticket.priority, self._deadlines[ticket.id]))
         for priority, heap in self._order[model].items():
             while heap and heap[0][1] not in self._waiting:
                 heappop(heap)
-            if heap and (priority, heap[0][0]) < (last.priority, last.deadline_us):
+            if heap and (priority, heap[0][0]) < (last.priority, self._deadlines[last.id]):
                 left = self._waiting[heap[0][1]]
                 how = "of a more urgent class" if priority < last.priority else "with an earlier deadline"
                 taken_number, left_number = last.payload.request, left.payload.request

@@ -55,6 +55,8 @@ class Weather:
         self._rng = world.rng
         self.faults = faults
         self.bad = True
+        self.over_us = 0
+        """When the last one frozen thaws, and the last one that crashed is back."""
         self.shaken_us: dict[str, int] = {}
         """Until when an actor is excused, by name."""
         self._sides: list[tuple[int, frozenset[str]]] = []
@@ -71,7 +73,7 @@ class Weather:
 
     def shake(self, *names: str) -> None:
         for name in names:
-            self.shaken_us[name] = self._world.now + AFTERMATH_US
+            self.shaken_us[name] = max(self.shaken_us.get(name, 0), self._world.now + AFTERMATH_US)
 
     # Messages
 
@@ -140,7 +142,8 @@ class Weather:
         for_us = self._rng.randrange(1_000, 180_000)
         actor.thaws_us = max(actor.thaws_us, self._world.now + for_us)
         self.befalls("freeze", actor, f"for {for_us} us")
-        self.shaken_us[actor.name] += for_us
+        self.shaken_us[actor.name] = max(self.shaken_us[actor.name], actor.thaws_us + AFTERMATH_US)
+        self.over_us = max(self.over_us, actor.thaws_us)
 
     def crash(self) -> None:
         """It is gone without a word; another one of its kind comes soon. One gateway stays."""
@@ -148,7 +151,7 @@ class Weather:
         if actor.kind != "gateway" or len(self._world.gateways) > 1:
             self.befalls("crash", actor)
             self._world.end_actor(actor)
-            self._world.at(self._world.now + self._rng.randrange(1_000, 100_000), self._world.add, actor.kind)
+            self._replace(actor)
 
     def goodbye(self) -> None:
         """An executor or a batcher is stopped in good order."""
@@ -157,7 +160,12 @@ class Weather:
             actor = self._rng.choice(staying)
             self.befalls("goodbye", actor)
             actor.leave()
-            self._world.at(self._world.now + self._rng.randrange(1_000, 100_000), self._world.add, actor.kind)
+            self._replace(actor)
+
+    def _replace(self, actor: "Actor") -> None:
+        back_us = self._world.now + self._rng.randrange(1_000, 100_000)
+        self.over_us = max(self.over_us, back_us)
+        self._world.at(back_us, self._world.add, actor.kind)
 
     def slow_device(self) -> None:
         if self._world.executors:

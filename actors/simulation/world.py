@@ -157,10 +157,11 @@ class World:
 
     # Load
 
-    def pass_us(self, rows: int) -> float:
+    def pass_us(self, rows: int, slowness: float) -> int:
         """How long a forward pass takes; in bad weather now and then much longer than usual."""
-        slow = 8 if self.weather.bad and self.rng.random() < 0.02 else 1
-        return (500 + 20 * rows) * self._pass_us * self.rng.uniform(0.9, 1.1) * slow
+        if self.weather.bad and self.rng.random() < 0.02:
+            slowness = max(slowness, 8.0)
+        return int((500 + 20 * rows) * self._pass_us * self.rng.uniform(0.9, 1.1) * slowness)
 
     def ask(self, requests: int = 1, budget_us: int = 0, rows: int = 0) -> None:
         """So many requests at once, to one gateway; some callers leave before they are answered."""
