@@ -11,7 +11,11 @@ DEMAND_EVERY_US = 20_000
 """How often an executor is asked for a slot again."""
 
 MISSED_BEATS = 2
-"""A result comes before the first heartbeat without its slot, or soon after: by the second one it is lost."""
+"""A batch that is computed, or its result, overtakes one heartbeat at most that does not know of it: by the second one,
+it is lost."""
+
+ARRIVES_US = 20_000
+"""Within this time a batch arrives, or heartbeats do not either."""
 
 
 class Group:
@@ -69,7 +73,7 @@ class Flight:
     late: bool = False
     """It was overdue: the batch or its result may be lost."""
     missed: int = 0
-    """Heartbeats of its executor since its slot has moved on."""
+    """Heartbeats of its executor in which its slot was not busy."""
     joined_ns: int = 0
     """How long the joining of its rows took; for statistics."""
 
@@ -100,7 +104,10 @@ class Executor:
     """When the last result came."""
 
     def hear(self, beat: ExecutorBeat, batcher: str, now_us: int) -> list[Flight]:
-        """Takes out and returns flights that have ended although no result came: their slot has moved on."""
+        """Takes out and returns flights that have ended although no result came: their slot has moved on.
+
+        Those that never arrived are overdue from now on.
+        """
         self.seen_us = now_us
         self.offers = keys(beat.models)
         self.models = self.offers | keys(beat.retiring)
@@ -111,16 +118,19 @@ class Executor:
         self.free.clear()
         for slot in idle:
             self.offer_slot(slot)
-        coming = {flight.slot for flight in self.flights.values() if not flight.late}
+        for flight in self.flights.values():
+            if not held.get(flight.slot) and flight.sent_us + ARRIVES_US <= now_us:
+                flight.missed += 1
+                if flight.missed >= MISSED_BEATS:
+                    flight.overdue_us = min(flight.overdue_us, now_us)
+        coming = {flight.slot for flight in self.flights.values() if flight.overdue_us > now_us}
         self.abandoned = {
             slot.index: slot.generation
             for slot in idle
             if slot.generation == self.spent.get(slot.index) and slot not in coming
         }
-        moved_on = [flight for flight in self.flights.values() if flight.slot not in held]
-        for flight in moved_on:
-            flight.missed += 1
-        ended = [flight for flight in moved_on if flight.late or flight.missed >= MISSED_BEATS]
+        overdue = [flight for flight in self.flights.values() if flight.overdue_us <= now_us]
+        ended = [flight for flight in overdue if flight.slot not in held]
         for flight in ended:
             del self.flights[flight.batch]
         return ended

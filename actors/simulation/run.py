@@ -10,7 +10,7 @@ from narsil_stream.actors.decisions import Rules
 from narsil_stream.actors.simulation.referee import Violation
 from narsil_stream.actors.simulation.world import BEAT_US, LEASE_US, RULES, World
 
-STORM_US = 250_000
+STORM_US = 200_000
 CALM_US = LEASE_US + 4 * BEAT_US
 """After the last fault, for leases to end and slots to come back."""
 BURST = 25

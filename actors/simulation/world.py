@@ -30,6 +30,7 @@ RULES = Rules(
     failover_floor_us=10_000,
     failover_factor=4.0,
 )
+WORK = frozenset([Batch, Result, Grant])
 MODELS = {name: ModelKey(name, "1", f"digest of {name}") for name in ("m", "n")}
 
 
@@ -91,7 +92,7 @@ class World:
         if self.trace is not None and (text := told(message)):
             self.note(f"{sender.name} -> {to}", text)
         message, times = self.weather.fate(sender.name, to, message)
-        if isinstance(message, Batch | Result | Grant):
+        if type(message) in WORK:
             executor = self._served_by(to, message)
             if executor is not None:
                 executor.under_way += len(times)
@@ -99,7 +100,7 @@ class World:
             self.at(self.now + LATENCY_US + late_us, self._deliver, to, message)
 
     def _deliver(self, to: str, message: Message) -> None:
-        if isinstance(message, Batch | Result | Grant):
+        if type(message) in WORK:
             executor = self._served_by(to, message)
             if executor is not None:
                 executor.under_way -= 1
@@ -107,9 +108,9 @@ class World:
         if actor is not None:
             actor.take(message)
 
-    def _served_by(self, to: str, message: Batch | Result | Grant) -> Executor | None:
+    def _served_by(self, to: str, message: Message) -> Executor | None:
         """The executor that a message keeps from being idle."""
-        return self.executors_by_name.get(to if isinstance(message, Batch) else message.executor)
+        return self.executors_by_name.get(message.executor if isinstance(message, Result | Grant) else to)
 
     # Actors
 
