@@ -55,8 +55,7 @@ def simulate(seed: int, traced: bool = False, rules: Rules | None = None) -> Out
 def play(world: World) -> None:
     """Raises Violation."""
     world.note("faults", ", ".join(world.weather.faults.kinds))
-    executors = len(world.executors)
-    world.load(2 * BEAT_US, STORM_US, max(REQUESTS - BURST * executors, 100))
+    world.load(2 * BEAT_US, STORM_US, REQUESTS - BURST * len(world.executors))
     world.weather.misfortunes(BEAT_US, STORM_US)
     world.run_until(STORM_US)
     world.note("weather", "clears up")
@@ -73,8 +72,9 @@ def burst(world: World) -> None:
     referee, before = world.referee, len(world.referee.ended)
     for executor in world.executors:
         executor.most_inside = 0
-    for _ in range(len(world.executors)):
-        world.ask(BURST, budget_us=2_000_000, rows=16)
+    asked = max(BURST * len(world.executors), REQUESTS - before)
+    for at in range(0, asked, BURST):
+        world.ask(min(BURST, asked - at), budget_us=2_000_000, rows=16)
     end_us = world.now + 2_000_000
     while any(gateway.unended for gateway in world.gateways) and world.now < end_us:
         world.run_until(world.now + BEAT_US)
