@@ -39,6 +39,8 @@ class Scheduler:
         self.paces: dict[ModelKey, Pace] = {}
         self._batches = 0
         self._decided_us = 0
+        self._told_rows = 0
+        """What the last heartbeat said, also to executors that were not known here yet."""
 
     @property
     def rows(self) -> int:
@@ -90,7 +92,8 @@ class Scheduler:
         if beat.state == "gone":
             return [] if executor is None else self._lose(executor)
         if executor is None:
-            executor = self.executors[beat.executor] = Executor(beat.executor, now_us)
+            executor = Executor(beat.executor, now_us, told_rows=self._told_rows)
+            self.executors[beat.executor] = executor
         decisions: list[Decision] = []
         for flight in executor.hear(beat, self.name, now_us):
             flight.group.avoid.discard(executor.id)
@@ -157,7 +160,7 @@ class Scheduler:
 
     def advertised(self, now_us: int) -> tuple[int, int]:
         """For the heartbeat, which goes to every executor: rows that wait, and µs until their earliest deadline."""
-        rows = self.rows
+        rows = self._told_rows = self.rows
         for executor in self.executors.values():
             executor.told_rows = rows
         deadlines = [due for queue in self.queues.values() if (due := queue.earliest_deadline()) is not None]

@@ -22,6 +22,7 @@ REGRESSIONS = {
     1: "work waited for up to 20 ms beside an idle executor, because who had it had asked for a slot too recently",
     282: "a batcher kept the slot of an idle executor for work that it had sent elsewhere meanwhile",
     2010: "a lost result of a batch that was predicted to take long kept its flight open for four times that",
+    101397: "a batcher did not let go of the slots of an executor that had heard of it before it heard of that one",
     5458: "a batch that was lost on its way kept its slot for as long as it might have been computed",
 }
 ROOMY = replace(RULES, queue_rows=10_000, queue_bytes=10_000 * 40)
