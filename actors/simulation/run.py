@@ -1,6 +1,7 @@
 """One seed: faults for a while, then calm, then a burst that needs every slot."""
 
 import random
+import traceback
 from collections import Counter
 from dataclasses import dataclass, field
 
@@ -46,8 +47,8 @@ def simulate(seed: int, traced: bool = False, rules: Rules | None = None) -> Out
         broken = str(violation)
     except Exception as error:
         broken = f"{type(error).__name__}: {error}"
-        if traced:
-            raise
+        if world.trace is not None:
+            world.trace += traceback.format_exc().splitlines()
     world.tally["seed", "failed" if broken else "held"] += 1
     return Outcome(seed, world.tally, world.events, broken, world.trace or [])
 
@@ -78,7 +79,7 @@ def burst(world: World) -> None:
     end_us = world.now + 2_000_000
     while any(gateway.unended for gateway in world.gateways) and world.now < end_us:
         world.run_until(world.now + BEAT_US)
-    world.run_until(world.now + 2 * BEAT_US)
+    world.run_until(world.now + BEAT_US)
     referee.check_rest()
     how = set(list(referee.ended.values())[before:])
     if not how <= {"scored", "OVERLOADED"}:

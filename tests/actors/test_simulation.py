@@ -9,6 +9,7 @@ from collections import Counter
 import pytest
 from msgspec.structs import replace
 
+from narsil_stream.actors.scheduling import Scheduler
 from narsil_stream.actors.simulation import run
 from narsil_stream.actors.simulation.campaign import Findings, campaign
 from narsil_stream.actors.simulation.mutations import MUTATIONS, planted
@@ -103,6 +104,14 @@ def test_a_failure_comes_with_a_trace_that_tells_its_story():
     assert outcome.broken == "b0 sends r9 again while it is under way at e0"
     assert any("is asked r9:" in line for line in outcome.trace)
     assert "b0 -> e0" in outcome.trace[-1] and "r9" in outcome.trace[-1]
+
+
+def test_an_exception_in_the_policy_is_a_failure_with_a_traceback(monkeypatch: pytest.MonkeyPatch):
+    """It breaks no rule of the referee's, and would end the process that serves."""
+    monkeypatch.setattr(Scheduler, "cancel", lambda *_: {}["nothing"])
+    outcome = next(outcome for seed in range(20) if (outcome := simulate(seed, traced=True)).broken)
+    assert outcome.broken == "KeyError: 'nothing'"
+    assert "Traceback (most recent call last):" in outcome.trace
 
 
 def calm(seed: int, actors: int = 2) -> World:
