@@ -18,8 +18,9 @@ SHARES = {"drop": 0.15, "delay": 0.25, "reorder": 0.3, "duplicate": 0.1, "lost c
 EVENTS = {"freeze": 4, "crash": 3, "slow device": 2, "clock step": 3, "partition": 2, "goodbye": 2}
 """Kinds that strike actors, and how often at most."""
 KINDS = (*SHARES, *EVENTS)
-AFTERMATH_US = 100_000
-"""So long a fault excuses those whom it struck from working without a pause: a lease, until it is found out."""
+AFTERMATH_US = 125_000
+"""So long a fault excuses those whom it struck from working without a pause: a lease and a heartbeat, until it is found
+out."""
 ON_TIME = (0,)
 
 
