@@ -402,15 +402,13 @@ class Batcher(Actor[Message]):
         unloaded = self._catalogue.unloaded()
         if served or unloaded:
             self._served.set()
-        due = [at for queue in policy.queues.values() if queue.count and (at := queue.earliest_deadline()) is not None]
         self._bus.broadcast(
             subjects.BATCHER_BEAT,
             BatcherBeat(
                 self.name,
                 served if self._joined else (),
                 max((policy.backlog_us(key, now) for key in policy.queues), default=0),
-                policy.rows,
-                max(0, min(due, default=now) - now),
+                *policy.advertised(now),
                 self._phase,
                 self._config.timing.lease_ms,
                 tuple(key.digest for key in policy.finishing()),

@@ -10,6 +10,13 @@ from narsil_stream.schemas.internal import ExecutorBeat, ModelRef, Slot
 DEMAND_EVERY_US = 20_000
 """How often an executor is asked for a slot again."""
 
+MISSED_BEATS = 2
+"""A batch that is computed, or its result, overtakes one heartbeat at most that does not know of it: by the second one,
+it is lost."""
+
+ARRIVES_US = 20_000
+"""Within this time a batch arrives, or heartbeats do not either."""
+
 
 class Group:
     """Tickets that travel as one batch, with the history of its sendings."""
@@ -65,6 +72,8 @@ class Flight:
     overdue_us: int
     late: bool = False
     """It was overdue: the batch or its result may be lost."""
+    missed: int = 0
+    """Heartbeats of its executor in which its slot was not busy."""
     joined_ns: int = 0
     """How long the joining of its rows took; for statistics."""
 
@@ -89,11 +98,16 @@ class Executor:
     abandoned: dict[int, int] = field(default_factory=dict)
     """Slots whose batch may never have arrived: given back with every demand until the executor says otherwise."""
     demanded_us: int = -DEMAND_EVERY_US
+    told_rows: int = 0
+    """Rows that wait here, as it was told last."""
     landed_us: int = 0
     """When the last result came."""
 
     def hear(self, beat: ExecutorBeat, batcher: str, now_us: int) -> list[Flight]:
-        """Takes out and returns flights that have ended although no result came: their slot has moved on."""
+        """Takes out and returns flights that have ended although no result came: their slot has moved on.
+
+        Those that never arrived are overdue from now on.
+        """
         self.seen_us = now_us
         self.offers = keys(beat.models)
         self.models = self.offers | keys(beat.retiring)
@@ -104,13 +118,19 @@ class Executor:
         self.free.clear()
         for slot in idle:
             self.offer_slot(slot)
-        coming = {flight.slot for flight in self.flights.values() if not flight.late}
+        for flight in self.flights.values():
+            if not held.get(flight.slot) and flight.sent_us + ARRIVES_US <= now_us:
+                flight.missed += 1
+                if flight.missed >= MISSED_BEATS:
+                    flight.overdue_us = min(flight.overdue_us, now_us)
+        coming = {flight.slot for flight in self.flights.values() if flight.overdue_us > now_us}
         self.abandoned = {
             slot.index: slot.generation
             for slot in idle
             if slot.generation == self.spent.get(slot.index) and slot not in coming
         }
-        ended = [flight for flight in self.flights.values() if flight.late and flight.slot not in held]
+        overdue = [flight for flight in self.flights.values() if flight.overdue_us <= now_us]
+        ended = [flight for flight in overdue if flight.slot not in held]
         for flight in ended:
             del self.flights[flight.batch]
         return ended
@@ -153,6 +173,9 @@ class Fleet(dict[str, Executor]):
 
     def serving(self, model: ModelKey) -> list[Executor]:
         return [executor for executor in self.values() if executor.up and model in executor.models]
+
+    def served(self, model: ModelKey) -> bool:
+        return any(executor.up and model in executor.models for executor in self.values())
 
     def offered(self, model: ModelKey) -> bool:
         return any(executor.up and model in executor.offers for executor in self.values())

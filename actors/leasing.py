@@ -124,8 +124,12 @@ class Ledger:
     def _asked(self, now_us: int) -> list[tuple[Place, str]]:
         """Free slots, or idle ones of batchers that do not use them, for those who wait without a slot in hand."""
         idle = [place for place in self.places if not place.busy]
+        if not idle:
+            return []
         in_hand = {place.holder for place in idle}
         asking = [(b.due_us, name) for name, b in self.batchers.items() if b.rows and name not in in_hand]
+        if not asking:
+            return []
         spare = [p for p in idle if not p.holder]
         spare += [p for p in idle if p.holder and (not self.batchers[p.holder].rows or p.leased_us + HOLD_US <= now_us)]
         return [(place, name) for place, (_, name) in zip(spare, sorted(asking), strict=False)]

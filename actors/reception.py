@@ -83,6 +83,10 @@ class Reception:
         age_us = unix_us() - request.sent_us
         if age_us < 0:
             self._metrics.early.inc()
-        grace_us = self._limits.stale_grace_us
-        if grace_us and age_us > budget_us + grace_us:
-            raise Refused(Fault.DEADLINE_EXCEEDED, f"sent {age_us} us ago, which is past its budget of {budget_us} us")
+        refuse_stale(age_us, budget_us, self._limits.stale_grace_us)
+
+
+def refuse_stale(age_us: int, budget_us: int, grace_us: int) -> None:
+    """Raises `Refused` for what was delivered long after its budget, by wall clocks. `grace_us` 0: never."""
+    if grace_us and age_us > budget_us + grace_us:
+        raise Refused(Fault.DEADLINE_EXCEEDED, f"sent {age_us} us ago, which is past its budget of {budget_us} us")

@@ -39,6 +39,8 @@ class Scheduler:
         self.paces: dict[ModelKey, Pace] = {}
         self._batches = 0
         self._decided_us = 0
+        self._told_rows = 0
+        """What the last heartbeat said, also to executors that were not known here yet."""
 
     @property
     def rows(self) -> int:
@@ -90,7 +92,8 @@ class Scheduler:
         if beat.state == "gone":
             return [] if executor is None else self._lose(executor)
         if executor is None:
-            executor = self.executors[beat.executor] = Executor(beat.executor, now_us)
+            executor = Executor(beat.executor, now_us, told_rows=self._told_rows)
+            self.executors[beat.executor] = executor
         decisions: list[Decision] = []
         for flight in executor.hear(beat, self.name, now_us):
             flight.group.avoid.discard(executor.id)
@@ -155,6 +158,14 @@ class Scheduler:
         """Predicted wait of a ticket that would come last."""
         return self._wait_us(self.executors.serving(model), now_us)
 
+    def advertised(self, now_us: int) -> tuple[int, int]:
+        """For the heartbeat, which goes to every executor: rows that wait, and µs until their earliest deadline."""
+        rows = self._told_rows = self.rows
+        for executor in self.executors.values():
+            executor.told_rows = rows
+        deadlines = [due for queue in self.queues.values() if (due := queue.earliest_deadline()) is not None]
+        return rows, max(0, min(deadlines, default=now_us) - now_us)
+
     def idle(self) -> bool:
         """Nothing waits and nothing is under way."""
         return not self.rows and not any(group.is_open() for group in self._groups())
@@ -217,12 +228,14 @@ class Scheduler:
 
     def _expired(self, now_us: int) -> Iterator[Drop]:
         for queue in self.queues.values():
-            for ticket in queue.expired(now_us):
+            due_us = queue.earliest_deadline()
+            for ticket in queue.expired(now_us) if due_us is not None and due_us <= now_us else ():
                 yield self._drop(ticket, Fault.DEADLINE_EXCEEDED, "the budget ran out in the queue")
         for group in self._groups():
             for ticket in group.expired(now_us):
                 yield self._drop(ticket, Fault.DEADLINE_EXCEEDED, "the budget ran out while scoring")
-        self.retries = [group for group in self.retries if not group.done]
+        if self.retries:
+            self.retries = [group for group in self.retries if not group.done]
 
     def _excuse_own_pause(self, now_us: int) -> None:
         """Heartbeats that came while this process itself stood still are not read yet: nobody is dead for that."""
@@ -247,11 +260,11 @@ class Scheduler:
     def _unserved(self) -> Iterator[Decision]:
         """What waits for a model that no executor is left for."""
         for model, queue in list(self.queues.items()):
-            if not self.executors.serving(model):
+            if not self.executors.served(model):
                 del self.queues[model]
                 for ticket in queue.drain():
                     yield self._drop(ticket, Fault.UNAVAILABLE, "no executor is alive for this model", 1_000)
-        for group in [group for group in self.retries if not self.executors.serving(group.model)]:
+        for group in [group for group in self.retries if not self.executors.served(group.model)]:
             self.retries.remove(group)
             if not self.executors.flying(group):
                 yield from self._give_up(group)
@@ -266,7 +279,7 @@ class Scheduler:
         """Send a group once more, unless that is under way already or its tries are used up."""
         if group.done or group in self.retries or self.executors.flying(group):
             return []
-        if group.sends >= MAX_SENDS or not self.executors.serving(group.model):
+        if group.sends >= MAX_SENDS or not self.executors.served(group.model):
             return self._give_up(group)
         self.retries.append(group)
         return []
@@ -392,8 +405,12 @@ class Scheduler:
 
     def _pleas(self, now_us: int) -> Iterator[Plead]:
         for executor in self.executors.values():
-            if self._pleads(executor) and now_us - executor.demanded_us >= DEMAND_EVERY_US:
-                executor.demanded_us = now_us
+            if self._pleads(executor):
+                unheard = not executor.told_rows and self._wants(executor)
+                if unheard or now_us - executor.demanded_us >= DEMAND_EVERY_US:
+                    executor.demanded_us = now_us
+                    yield Plead(executor.id, self._demand(executor, now_us))
+            elif self._lets_go(executor):
                 yield Plead(executor.id, self._demand(executor, now_us))
 
     def _pleads(self, executor: Executor) -> bool:
@@ -402,16 +419,21 @@ class Scheduler:
             return True
         return executor.up and not executor.free and not executor.full() and self._wants(executor)
 
+    def _lets_go(self, executor: Executor) -> bool:
+        """Whether it keeps a slot for work that has gone elsewhere: another batcher may be waiting for that one."""
+        return bool(executor.told_rows and executor.free) and not self._wants(executor)
+
     def _wants(self, executor: Executor) -> bool:
-        if any(self._may_take(executor, group) for group in self.retries):
-            return True
-        return any(queue.count and model in executor.models for model, queue in self.queues.items())
+        for model, queue in self.queues.items():
+            if queue.count and model in executor.models:
+                return True
+        return any(self._may_take(executor, group) for group in self.retries)
 
     def _demand(self, executor: Executor, now_us: int) -> Demand:
         queues = [queue for model, queue in self.queues.items() if queue.count and model in executor.models]
         groups = [group for group in self.retries if self._may_take(executor, group)]
         waiting: list[Queue | Group] = [*queues, *groups]
-        rows = sum(one.rows for one in waiting)
+        rows = executor.told_rows = sum(one.rows for one in waiting)
         deadlines = [due for one in waiting if (due := one.earliest_deadline()) is not None]
         slack_us = max(0, min(deadlines) - now_us) if deadlines else 0
         returned = tuple(Slot(index, generation) for index, generation in executor.abandoned.items())
@@ -424,16 +446,18 @@ class Scheduler:
             due_us = queue.earliest_deadline()
             if due_us is not None:
                 yield due_us
-                ripe_us = self._ripe_us(model, queue)
-                if ripe_us > now_us:
+                if self.rules.linger_us and (ripe_us := self._ripe_us(model, queue)) > now_us:
                     yield ripe_us
-        for group in self._groups():
-            due_us = group.earliest_deadline()
-            if due_us is not None:
+        for group in self.retries:
+            if not group.done and (due_us := group.earliest_deadline()) is not None:
                 yield due_us
         for executor in self.executors.values():
             yield executor.seen_us + self.rules.lease_us
-            yield from (f.overdue_us for f in executor.flights.values() if not f.late)
+            for flight in executor.flights.values():
+                if not flight.late:
+                    yield flight.overdue_us
+                if not flight.group.done and (due_us := flight.group.earliest_deadline()) is not None:
+                    yield due_us
             if self._pleads(executor):
                 yield executor.demanded_us + DEMAND_EVERY_US
             if executor.free and any(self._may_take(executor, group) for group in self.retries):

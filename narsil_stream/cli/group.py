@@ -31,6 +31,7 @@ COMMANDS = (
     Entry("Use", "client-example", "narsil_stream.cli.client_example:client_example", "Print a client to start from."),
     Entry("Use", "token", "narsil_stream.cli.token:token", "Make a bearer token for the gateways."),
     Entry("Use", "bench", "narsil_stream.cli.bench:bench", "Measure how fast this machine computes."),
+    Entry("Use", "simulate", "narsil_stream.cli.simulate:simulate", "Try the scheduler against seeded faults."),
     Entry("Use", "config", "narsil_stream.cli.config:config", "Show the effective configuration."),
 )
 

@@ -6,11 +6,11 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 
 Show = Callable[[int, int], None]
-"""How far the input is read, and how many rows are scored."""
+"""How far it is, and how many of what is counted are done."""
 
 
 @contextmanager
-def progress(total: int) -> Iterator[Show]:
+def progress(total: int, counted: str = "rows") -> Iterator[Show]:
     """A bar while the block runs, if stderr is a terminal. `total` 0: not known, so it only says rows and rows/s."""
     if not sys.stderr.isatty():
         yield lambda position, rows: None
@@ -25,7 +25,7 @@ def progress(total: int) -> Iterator[Show]:
 
     def show(position: int, rows: int) -> None:
         rate = rows / max(time.monotonic() - started, 1e-3)
-        bar.update(task, completed=position, said=f"{rows:,} rows, {rate:,.0f} rows/s")
+        bar.update(task, completed=position, said=f"{rows:,} {counted}, {rate:,.0f} {counted}/s")
 
     with bar:
         yield show

@@ -2,7 +2,7 @@
 
 import pytest
 
-from narsil_stream.actors.flights import DEMAND_EVERY_US
+from narsil_stream.actors.flights import ARRIVES_US, DEMAND_EVERY_US
 from narsil_stream.actors.queue import State
 from narsil_stream.actors.scheduling import MARGIN, MAX_BOUNCES
 from narsil_stream.schemas.errors import Fault
@@ -610,6 +610,39 @@ def test_a_slow_batch_is_not_taken_for_a_lost_one():
     assert batcher.answer(sent) == [one]
 
 
+def test_a_lost_batch_is_noticed_by_the_second_heartbeat_however_long_it_was_predicted_to_take():
+    """Its executor would be idle for four times the slowest pass that it ever had."""
+    batcher = one_executor(S0)
+    batcher.teach(rows=1, service_us=10 * FLOOR_US)
+    (one,) = batcher.offer(ticket())
+    batcher.decide()
+    batcher.hear("e1", S0)
+    batcher.hear("e1", S0)
+    batcher.decide()
+    assert batcher.pleas == [], "heartbeats that came at once say nothing: it is on its way"
+    batcher.now += ARRIVES_US
+    batcher.hear("e1", S0)
+    batcher.hear("e1", S0)
+    batcher.decide()
+    assert [plea.demand.returned for plea in batcher.pleas] == [(S0,)]
+    batcher.hear("e1", Slot(0, 1))
+    (again,) = batcher.decide()
+    assert again.tickets == [one]
+
+
+def test_a_lost_result_is_noticed_by_the_second_heartbeat_however_long_it_was_predicted_to_take():
+    """Until then the batcher would take the executor for busy, and refuse requests for that."""
+    batcher = one_executor(S0)
+    batcher.teach(rows=1, service_us=10 * FLOOR_US)
+    (one,) = batcher.offer(ticket())
+    batcher.decide(ARRIVES_US)
+    batcher.hear("e1", Slot(0, 1))
+    assert batcher.decide() == [], "the result may come a moment after"
+    batcher.hear("e1", Slot(0, 1))
+    (again,) = batcher.decide()
+    assert again.tickets == [one]
+
+
 # Failed batches
 
 
@@ -715,6 +748,37 @@ def test_waiting_work_asks_for_a_slot_and_keeps_asking():
     assert batcher.policy.wake_us(0) == DEMAND_EVERY_US
     batcher.decide(DEMAND_EVERY_US)
     assert len(batcher.pleas) == 1
+
+
+def test_work_that_nobody_has_heard_of_asks_at_once():
+    """The last question was answered with a slot, which is used up: to wait for the next one's time is to idle."""
+    batcher = Batcher()
+    batcher.hear("e1", total=1)
+    batcher.offer(ticket())
+    batcher.decide()
+    batcher.policy.grant("e1", S0)
+    (sent,) = batcher.decide()
+    batcher.answer(sent)
+    batcher.now += DEMAND_EVERY_US // 10
+    batcher.offer(ticket(rows=2))
+    batcher.decide()
+    assert [plea.demand.rows for plea in batcher.pleas] == [2]
+
+
+def test_a_slot_for_work_that_has_gone_elsewhere_is_let_go():
+    """Its executor believes that it is wanted here, and others wait for it."""
+    batcher = two_executors()
+    batcher.offer(*(ticket(rows=8) for _ in range(3)))
+    first, second = batcher.decide()
+    assert first.demand.rows, "it is told that work waits"
+    batcher.answer(second, grant=Slot(0, 1))
+    (third,) = batcher.decide()
+    assert third.executor == second.executor
+    batcher.answer(first, grant=Slot(0, 1))
+    batcher.decide()
+    assert [(plea.executor, plea.demand.rows) for plea in batcher.pleas] == [(first.executor, 0)]
+    batcher.decide()
+    assert batcher.pleas == [], "once"
 
 
 def test_a_second_try_asks_for_a_slot_too():

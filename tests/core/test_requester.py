@@ -12,7 +12,8 @@ from msgspec.structs import replace
 from narsil_stream.core.actor import now_us
 from narsil_stream.core.bus import Bus
 from narsil_stream.core.config import Config, NatsConfig, TimingConfig
-from narsil_stream.core.requester import MAX_SENDS, Requester
+from narsil_stream.core.requester import Requester
+from narsil_stream.core.routing import MAX_SENDS
 from narsil_stream.schemas import subjects
 from narsil_stream.schemas.errors import Fault, Refused
 from narsil_stream.schemas.internal import Answers, Ask, BatcherBeat, Bundle, Cancel, ModelRef
@@ -103,7 +104,7 @@ async def stage(url: str, puppets: int) -> AsyncIterator[Stage]:
     for puppet in made:
         await puppet.start()
     try:
-        await until(lambda: len(requester._alive()) == puppets)
+        await until(lambda: len(requester._router.alive()) == puppets)
         yield Stage(requester, made)
     finally:
         for puppet in made:
@@ -242,7 +243,7 @@ def test_requests_go_to_the_batcher_with_the_least_to_do(play: Play) -> None:
     async def scene(on: Stage) -> None:
         busy, idle = on.puppets
         busy.wait_us = 50_000
-        await until(lambda: on.requester._peers[busy.name].wait_us)
+        await until(lambda: on.requester._router.peers[busy.name].wait_us)
         asked = [on.ask() for _ in range(5)]
         await until(lambda: len(idle.asked) == 5)
         assert not busy.asked

@@ -128,7 +128,7 @@ def test_a_version_or_model_that_nobody_serves_has_no_statistics(shared_system: 
 def test_a_batcher_that_does_not_answer_is_left_out(nats_server: NatsServer, criteo_model: Path) -> None:
     """One that has just died must not hide what the others know."""
     with System(nats_server.url, criteo_model, batchers=2) as system, Door(nats_server.url) as door:
-        until(lambda: len(door.inference._requester._peers) == 2, "two batchers")
+        until(lambda: len(door.inference._requester._router.peers) == 2, "two batchers")
         silent, other = system.actors("batcher")
         system.submit(silent._bus.unsubscribe(f"narsil.v1.statistics.{silent.name}", owner=silent)).result(20)
         rows = some_rows(criteo_model, 1)

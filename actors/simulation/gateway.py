@@ -1,0 +1,107 @@
+"""A simulated gateway: as `core.requester`, whose policy, `Router`, is the real one."""
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+from narsil_stream.actors.simulation.actor import Actor
+from narsil_stream.actors.simulation.messages import Message, Replies, Wish, Wishes
+from narsil_stream.core import routing
+from narsil_stream.core.routing import Router
+from narsil_stream.schemas.errors import Refused
+from narsil_stream.schemas.internal import BatcherBeat, Cancel
+
+if TYPE_CHECKING:
+    from narsil_stream.actors.simulation.world import World
+
+
+class Connected:
+    """A broker that never goes away: what is lost on its way is the weather's part."""
+
+    connected = True
+
+    def is_local(self, subject: str) -> bool:
+        return False
+
+
+@dataclass(slots=True, eq=False, kw_only=True)
+class Request(routing.Pending):
+    number: int
+    rows: int
+    priority: int
+    budget_us: int
+
+
+class Gateway(Actor):
+    kind = "gateway"
+
+    def __init__(self, world: "World", name: str) -> None:
+        super().__init__(world, name)
+        self.router: Router[Request] = Router(Connected(), self.clock())
+        self._check_due_us = 0
+        self._resent = 0
+
+    def ask(self, number: int, model: str, rows: int, priority: int, budget_us: int) -> Request:
+        """Somebody asks. The request leaves with the next turn."""
+        request = Request(
+            self.router.slot(), model, "", self.clock() + budget_us, rows * 40,
+            number=number, rows=rows, priority=priority, budget_us=budget_us,
+        )  # fmt: skip
+        self.world.referee.asked(self, request)
+        try:
+            self.router.add(request)
+        except Refused as refused:
+            self.world.referee.answered(self, request, refused.fault.name)
+        return request
+
+    def withdraw(self, request: Request) -> None:
+        """Whoever asked has left."""
+        if self.alive and not self.frozen() and self.router.end(request):
+            self.world.referee.answered(self, request, "CANCELLED")
+            self.world.send(self, request.batcher, Cancel(self.name, (request.slot,)))
+            self.step()
+
+    def receive(self, message: Message) -> None:
+        if isinstance(message, Replies):
+            for answer in message.answers:
+                request = self.router.answered(answer.slot)
+                if request is None:
+                    self.world.tally["decision", "gateway: answer to nobody"] += 1
+                else:
+                    self.world.referee.answered(self, request, answer.fault or "scored", answer.scores)
+        elif isinstance(message, BatcherBeat):
+            self._fail(self.router.beat(message, self.clock()))
+
+    def turn(self) -> int:
+        now, router = self.clock(), self.router
+        if now >= self._check_due_us:
+            self._check_due_us = now + self.world.beat_us
+            for batcher in router.silent(now):
+                self.world.count("gateway: batcher lost", self.name, batcher)
+                self._fail(router.lose(batcher))
+        self._fail(router.expired(now))
+        if router.resent != self._resent:
+            self.world.tally["decision", "gateway: request sent again"] += router.resent - self._resent
+            self._resent = router.resent
+        if router.has_outgoing():
+            self._send(now)
+        due_us = router.wake_us()
+        return self._check_due_us if due_us is None else min(due_us, self._check_due_us)
+
+    def _send(self, now: int) -> None:
+        wall = self.wall()
+        for batcher, bundle in self.router.outgoing():
+            wishes = tuple(
+                Wish(r.slot, r.number, r.model, r.rows, r.priority, max(1, r.deadline_us - now), wall) for r in bundle
+            )
+            self.world.send(self, batcher, Wishes(self.name, wishes))
+
+    def _fail(self, failed: list[tuple[Request, Refused]]) -> None:
+        for request, refused in failed:
+            self.world.referee.answered(self, request, refused.fault.name)
+
+    def check(self) -> None:
+        router, fail = self.router, self.world.referee.fail
+        if len(router.pending) != len(self.unended):
+            fail(f"{self.name} has lost sight of a request")
+        if sum(len(peer.open) for peer in router.peers.values()) != len(router.pending):
+            fail(f"{self.name}: a request is with no batcher that is alive")
