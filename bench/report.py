@@ -14,7 +14,7 @@ class Row(Struct, frozen=True):
     """One figure. `ratio`: how many times better than `baseline`, more is better."""
 
     case: str
-    """forward/family/device/precision/rows[/variant]"""
+    """forward/family/device/precision/rows[/variant], shell[/server]/way/rows/connections ..."""
     metric: str
     value: float
     unit: str
@@ -27,7 +27,11 @@ class Report(Struct, frozen=True):
     """Device, versions, command and commit."""
     rows: list[Row]
     absent: dict[str, str]
-    """Families and baselines that this machine lacks, and why."""
+    """Families, baselines and peers that this machine lacks, and why."""
+    invalid: dict[str, str] = {}
+    """Cases whose figures do not count, and why."""
+    notes: dict[str, str] = {}
+    """What a case needs to be read rightly: placement, settings, "different protocol" ..."""
 
 
 class NoPlot(Exception):

@@ -1,0 +1,65 @@
+"""One server under test: asked once for checks, then loaded."""
+
+import asyncio
+from collections.abc import Callable
+from typing import NamedTuple
+
+import uvloop
+
+from narsil_stream.bench import wrk
+from narsil_stream.bench.callers import CALLERS, CONNECT_S
+from narsil_stream.bench.figures import Figures, measure
+from narsil_stream.bench.load import Load
+from narsil_stream.bench.questions import Asked, Question, Way, WrongAnswer, check
+from narsil_stream.bench.serving import Broker
+
+
+class Server(NamedTuple):
+    name: str
+    way: Way
+    port: int
+    broker: Broker | None = None
+    """That all requests must cross."""
+
+
+def answers(server: Server, questions: list[Question], patience_s: float = CONNECT_S) -> list[bytes | None]:
+    """Each question asked once, None for an error. Raises OSError (TimeoutError) for a server that does not answer."""
+
+    async def ask() -> list[bytes | None]:
+        caller = CALLERS[server.way.transport](server.port, questions, 1)
+        await asyncio.wait_for(caller.open(), patience_s)
+        loop = asyncio.get_running_loop()
+        found = [loop.create_future() for _ in questions]
+        for which, future in enumerate(found):
+            caller.ask(which, future.set_result)
+        try:
+            return await asyncio.wait_for(asyncio.gather(*found), patience_s)
+        finally:
+            caller.close()
+
+    return uvloop.run(ask())
+
+
+def load_for(server: Server, asked: list[Asked], in_flight: int, seconds: float, tolerance: float) -> Load:
+    """A closed loop for a server whose answers are right. Raises WrongAnswer."""
+    questions = [one.question for one in asked]
+    got = []
+    for one, answer in zip(asked, answers(server, questions), strict=True):
+        if answer is None:
+            raise WrongAnswer(f"{server.name}: a question over {server.way.name} was refused or not answered")
+        check(server.name, server.way, one, answer, tolerance)
+        got.append(answer)
+    return Load(server.port, questions, got, in_flight, seconds, tensor_bytes=asked[0].tensor_bytes)
+
+
+def run_of(server: Server, load: Load, generators: int = 1) -> Callable[[], Figures]:
+    """A run, which raises Bypassed when requests did not cross the server's broker."""
+
+    def run() -> Figures:
+        before = server.broker.in_bytes() if server.broker else 0
+        figures = measure(server.name, load, generators, wrk.available())
+        if server.broker:
+            server.broker.since(server.name, before, (figures.sent - figures.failed) * load.tensor_bytes)
+        return figures
+
+    return run

@@ -1,0 +1,172 @@
+"""Servers under test as processes: our own pipeline behind a broker that counts bytes, and whatever else is started.
+
+`narsil serve` gets the broker's address, as a user with a broker of his own would run it: it is our broker, with our
+configuration, and its monitoring port on 127.0.0.1 in addition.
+"""
+
+import contextlib
+import json
+import os
+import re
+import signal
+import subprocess
+import sys
+import time
+import urllib.request
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from narsil_stream.core import broker
+from narsil_stream.core.config import NatsConfig
+from narsil_stream.core.ports import free_port
+
+READY_S = 60.0
+STOP_S = 15.0
+HOST = "127.0.0.1"
+
+
+class NotStarted(RuntimeError):
+    """A server that did not come up; says what it said last."""
+
+
+class Bypassed(AssertionError):
+    """Requests were answered without having crossed the broker."""
+
+
+class Broker(NamedTuple):
+    url: str
+    monitor: int
+
+    @property
+    def port(self) -> int:
+        return int(self.url.rpartition(":")[2])
+
+    def in_bytes(self) -> int:
+        """Payload bytes that the broker has received so far, from whomever."""
+        with urllib.request.urlopen(f"http://{HOST}:{self.monitor}/varz", timeout=READY_S) as response:
+            return int(json.load(response)["in_bytes"])
+
+    def since(self, name: str, before: int, sent: int) -> None:
+        """Raise Bypassed unless at least the `sent` bytes came in since there were `before`."""
+        grown = self.in_bytes() - before
+        if grown < sent:
+            raise Bypassed(
+                f"{name}: the broker received {grown:,} bytes while requests of {sent:,} bytes were answered: they took "
+                "another way, so the figure is not one of the pipeline"
+            )
+
+
+class Pipeline(NamedTuple):
+    """`narsil serve`, ready."""
+
+    broker: Broker
+    http: int
+    grpc: int
+    processes: dict[str, int]
+    """How many of each kind."""
+
+    def port(self, transport: str) -> int:
+        return {"http": self.http, "grpc": self.grpc, "nats": self.broker.port}[transport]
+
+    @property
+    def placement(self) -> str:
+        return ", ".join(f"{count} {kind}" for kind, count in self.processes.items())
+
+
+@contextlib.contextmanager
+def own_broker(folder: Path) -> Iterator[Broker]:
+    """nats-server as `narsil serve` configures it."""
+    config = NatsConfig(host=HOST, port=free_port(HOST, 0, "nats.port"))
+    monitor = free_port(HOST, 0, "monitor")
+    command = [*broker.command(str(folder), config), "--http_port", str(monitor)]
+    with process(command, folder / "broker.log") as running:
+        one = Broker(f"nats://{HOST}:{config.port}", monitor)
+        patiently("the broker", one.in_bytes, running, folder / "broker.log", READY_S)
+        yield one
+
+
+@contextlib.contextmanager
+def pipeline(folder: Path, model: Path, *options: str) -> Iterator[Pipeline]:
+    """Broker, gateways, batcher and executor for the model: mode batch, one process for each, unless options differ."""
+    folder.mkdir(parents=True, exist_ok=True)
+    log = folder / "serve.log"
+    with own_broker(folder) as broker_:
+        ports = [word for door in ("http", "grpc", "metrics") for word in (f"--{door}-port", "0")]
+        command = [sys.executable, "-m", "narsil_stream", "serve", "--model", str(model), "--data-dir", str(folder)]
+        command += ["--nats-url", broker_.url, "--log-level", "warning", *ports, *options]
+        with process(command, log) as running:
+            (metrics,) = patiently("narsil serve", lambda: _found(log, r"http://\S+:(\d+)/metrics"), running, log, READY_S)
+            with urllib.request.urlopen(f"http://{HOST}:{metrics}/health", timeout=READY_S) as response:
+                actors = json.load(response)["actors"]
+            yield _described(broker_, actors)
+
+
+def _described(broker_: Broker, actors: list[dict[str, Any]]) -> Pipeline:
+    doors = {"http": 0, "grpc": 0}
+    pids: dict[str, set[int]] = {}
+    for row in actors:
+        kind = row["kind"]
+        if door := re.match(r"(http|grpc)://[^,]*:(\d+)", row["detail"]):
+            doors[door[1]] = int(door[2])
+            kind = f"{door[1]} gateway"
+        pids.setdefault(kind, set()).add(row["pid"])
+    return Pipeline(broker_, doors["http"], doors["grpc"], {kind: len(found) for kind, found in sorted(pids.items())})
+
+
+@contextlib.contextmanager
+def echo(transport: str, answer: bytes, folder: Path, url: str = "") -> Iterator[int]:
+    """The port of a server that gives this answer to everything. `url`: of the broker, for transport nats."""
+    log = folder / f"echo-{transport}.log"
+    command = [sys.executable, "-m", "narsil_stream.bench.echo", transport, *([url] if url else [])]
+    with process(command, log, answer) as running:
+        (port,) = patiently("the echo", lambda: _found(log, r"echo on (\d+)"), running, log, READY_S)
+        yield int(port)
+
+
+@contextlib.contextmanager
+def process(
+    command: Sequence[str], log: Path, stdin: bytes = b"", environ: dict[str, str] | None = None
+) -> Iterator[subprocess.Popen[bytes]]:
+    """A process in a session of its own, its output in `log`; with it ends all that it started there."""
+    with log.open("wb") as out:
+        running = subprocess.Popen(
+            command, stdin=subprocess.PIPE, stdout=out, stderr=out, env=environ, start_new_session=True
+        )
+    assert running.stdin is not None
+    try:
+        with contextlib.suppress(BrokenPipeError):
+            running.stdin.write(stdin)
+            running.stdin.close()
+        yield running
+    finally:
+        running.terminate()
+        with contextlib.suppress(subprocess.TimeoutExpired):
+            running.wait(STOP_S)
+        with contextlib.suppress(ProcessLookupError):
+            os.killpg(running.pid, signal.SIGKILL)
+        running.wait()
+
+
+def patiently(name: str, ask: Any, running: subprocess.Popen[bytes], log: Path, seconds: float) -> Any:
+    """The first answer of `ask`, which gives None or raises OSError until then. Raises NotStarted."""
+    end = time.monotonic() + seconds
+    problem = "no answer"
+    while time.monotonic() < end and running.poll() is None:
+        try:
+            if (found := ask()) is not None:
+                return found
+        except OSError as error:
+            problem = str(error)
+        time.sleep(0.05)
+    state = f"ended with status {running.returncode}" if running.poll() is not None else f"not ready in {seconds:.0f} s"
+    raise NotStarted(f"{name}: {state} ({problem}). It said: {_tail(log)}")
+
+
+def _tail(log: Path) -> str:
+    return log.read_text(errors="replace").strip()[-1500:] or "nothing"
+
+
+def _found(log: Path, pattern: str) -> tuple[str, ...] | None:
+    match = re.search(pattern, log.read_text(errors="replace"))
+    return match.groups() if match else None
