@@ -37,6 +37,7 @@ class Bypassed(AssertionError):
 class Broker(NamedTuple):
     url: str
     monitor: int
+    pid: int
 
     @property
     def port(self) -> int:
@@ -63,15 +64,15 @@ class Pipeline(NamedTuple):
     broker: Broker
     http: int
     grpc: int
-    processes: dict[str, int]
-    """How many of each kind."""
+    pids: dict[str, list[int]]
+    """By kind of actor."""
 
     def port(self, transport: str) -> int:
         return {"http": self.http, "grpc": self.grpc, "nats": self.broker.port}[transport]
 
     @property
     def placement(self) -> str:
-        return ", ".join(f"{count} {kind}" for kind, count in self.processes.items())
+        return ", ".join(f"{len(pids)} {kind}" for kind, pids in self.pids.items())
 
 
 @contextlib.contextmanager
@@ -81,7 +82,7 @@ def own_broker(folder: Path) -> Iterator[Broker]:
     monitor = free_port(HOST, 0, "monitor")
     command = [*broker.command(str(folder), config), "--http_port", str(monitor)]
     with process(command, folder / "broker.log") as running:
-        one = Broker(f"nats://{HOST}:{config.port}", monitor)
+        one = Broker(f"nats://{HOST}:{config.port}", monitor, running.pid)
         patiently("the broker", one.in_bytes, running, folder / "broker.log", READY_S)
         yield one
 
@@ -104,14 +105,21 @@ def pipeline(folder: Path, model: Path, *options: str) -> Iterator[Pipeline]:
 
 def _described(broker_: Broker, actors: list[dict[str, Any]]) -> Pipeline:
     doors = {"http": 0, "grpc": 0}
-    pids: dict[str, set[int]] = {}
+    pids: dict[str, list[int]] = {"broker": [broker_.pid]}
     for row in actors:
         kind = row["kind"]
         if door := re.match(r"(http|grpc)://[^,]*:(\d+)", row["detail"]):
             doors[door[1]] = int(door[2])
             kind = f"{door[1]} gateway"
-        pids.setdefault(kind, set()).add(row["pid"])
-    return Pipeline(broker_, doors["http"], doors["grpc"], {kind: len(found) for kind, found in sorted(pids.items())})
+        if row["pid"]:
+            pids.setdefault(kind, []).append(row["pid"])
+    return Pipeline(broker_, doors["http"], doors["grpc"], pids)
+
+
+def cpu_s(pid: int) -> float:
+    """Processor time that a process has used, with its threads, in seconds."""
+    fields = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
+    return (int(fields[11]) + int(fields[12])) / os.sysconf("SC_CLK_TCK")
 
 
 @contextlib.contextmanager
