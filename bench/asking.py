@@ -29,11 +29,11 @@ def answers(server: Server, questions: list[Question], patience_s: float = CONNE
         caller = CALLERS[server.way.transport](server.port, questions, 1)
         await asyncio.wait_for(caller.open(), patience_s)
         loop = asyncio.get_running_loop()
-        found = [loop.create_future() for _ in questions]
+        found: list[asyncio.Future[bytes | None]] = [loop.create_future() for _ in questions]
         for which, future in enumerate(found):
             caller.ask(which, future.set_result)
         try:
-            return await asyncio.wait_for(asyncio.gather(*found), patience_s)
+            return [await asyncio.wait_for(future, patience_s) for future in found]
         finally:
             caller.close()
 

@@ -24,7 +24,7 @@ class Caller(Protocol):
 
 
 class HttpCaller:
-    """Keep-alive connections, one request at a time on each."""
+    """Keep-alive connections, one request at a time on each. One that the server closes is opened anew."""
 
     def __init__(self, port: int, questions: list[Question], connections: int) -> None:
         self._port = port
@@ -32,14 +32,26 @@ class HttpCaller:
         self._count = connections
         self._free: list[_Connection] = []
         self._waiting: deque[tuple[int, Done]] = deque()
+        self._opening: set[asyncio.Task[None]] = set()
+        self._closed = False
 
     async def open(self) -> None:
-        loop = asyncio.get_running_loop()
         for _ in range(self._count):
-            _, connection = await _patiently(
-                functools.partial(loop.create_connection, lambda: _Connection(self._freed), "127.0.0.1", self._port)
-            )
-            self._free.append(connection)
+            await self._connect()
+
+    async def _connect(self) -> None:
+        connect = functools.partial(asyncio.get_running_loop().create_connection, host="127.0.0.1", port=self._port)
+        _, connection = await _patiently(functools.partial(connect, lambda: _Connection(self._freed, self._lost)))
+        self._freed(connection)
+
+    def _lost(self, connection: "_Connection") -> None:
+        if self._closed:
+            return
+        if connection in self._free:
+            self._free.remove(connection)
+        task = asyncio.ensure_future(self._connect())
+        self._opening.add(task)
+        task.add_done_callback(self._opening.discard)
 
     def ask(self, which: int, done: Done) -> None:
         if self._free:
@@ -55,13 +67,17 @@ class HttpCaller:
             self._free.append(connection)
 
     def close(self) -> None:
+        self._closed = True
+        for task in self._opening:
+            task.cancel()
         for connection in self._free:
             connection.close()
 
 
 class _Connection(asyncio.Protocol):
-    def __init__(self, freed: Callable[["_Connection"], None]) -> None:
+    def __init__(self, freed: Callable[["_Connection"], None], lost: Callable[["_Connection"], None]) -> None:
         self._freed = freed
+        self._lost = lost
         self._done: Done | None = None
         self._buffer = b""
         self._needed = 0
@@ -91,6 +107,7 @@ class _Connection(asyncio.Protocol):
         self._freed(self)
 
     def connection_lost(self, error: Exception | None) -> None:
+        self._lost(self)
         self._answer(None)
 
     def _answer(self, body: bytes | None) -> None:

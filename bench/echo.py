@@ -1,6 +1,6 @@
 """Bare echoes: what a load generator and a protocol can do when the server does nothing.
 
-`python -m narsil_stream.bench.echo http|grpc|nats` gives one answer, read from stdin, to everything, and decodes nothing.
+`python -m narsil_stream.bench.echo http|grpc|nats` gives one answer, read from stdin, to all, and decodes nothing.
 """
 
 import asyncio

@@ -18,7 +18,7 @@ class NotInstalled(RuntimeError):
 
 
 def python(folder: Path, packages: tuple[str, ...], say: Callable[[str], None]) -> Path:
-    """The interpreter of an environment with these packages, made in `folder` unless it is there. Raises NotInstalled."""
+    """The interpreter of an environment with these packages, made in `folder` if need be. Raises NotInstalled."""
     mark, interpreter = folder / MARK, folder / "bin" / "python"
     wanted = "\n".join((sys.version, *packages))
     if not (mark.exists() and mark.read_text() == wanted):

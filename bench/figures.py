@@ -98,7 +98,9 @@ def rows_of(
             ratio = against / value if unit == "ms" else value / against
         yield Row(case, metric, value, unit, baseline, ratio)
     values = [one.requests_per_s for one in own]
-    yield Row(case, "requests_per_s_spread", 100 * (max(values) - min(values)) / statistics.median(values), "%", baseline)
+    yield Row(
+        case, "requests_per_s_spread", 100 * (max(values) - min(values)) / statistics.median(values), "%", baseline
+    )
 
 
 def median(runs: list[Figures], metric: str = "requests_per_s", rows: int = 1) -> float:

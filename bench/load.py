@@ -105,7 +105,10 @@ def _share(load: Load, processes: int, number: int) -> Load:
 
 def joined(outcomes: list[Outcome]) -> Outcome:
     return Outcome(
-        *(sum(getattr(one, name) for one in outcomes) for name in ("sent", "good", "wrong", "failed")),
+        sent=sum(one.sent for one in outcomes),
+        good=sum(one.good for one in outcomes),
+        wrong=sum(one.wrong for one in outcomes),
+        failed=sum(one.failed for one in outcomes),
         seconds=max(one.seconds for one in outcomes),
         latencies_ms=b"".join(one.latencies_ms for one in outcomes),
         lateness_ms=b"".join(one.lateness_ms for one in outcomes),
@@ -160,7 +163,9 @@ class Generator:
 
     async def _open_loop(self) -> float:
         load = self._load
-        gaps = np.random.default_rng(load.seed).exponential(1 / load.rate, int(load.rate * (load.seconds + load.warm_s)))
+        gaps = np.random.default_rng(load.seed).exponential(
+            1 / load.rate, int(load.rate * (load.seconds + load.warm_s))
+        )
         first = time.perf_counter() + 0.01
         due = first + np.cumsum(gaps)
         start, at = first + load.warm_s, 0
@@ -180,7 +185,7 @@ class Generator:
         return max(float(due[-1]), self._last_done) - start if len(due) else load.seconds
 
     def _ask(self, since: float, start: float, end: float, then: Callable[[], None]) -> None:
-        """Its latency counts from `since`. It counts at all when it was due after `start`, and answered before `end`."""
+        """Its latency counts from `since`; it counts at all when it was due after `start` and answered before `end`."""
         which = self._sent % len(self._load.questions)
         self._sent += 1
         self._open += 1

@@ -7,9 +7,10 @@ of a small grid, found at 100 rows and 64 connections; then both sides take turn
 
 import contextlib
 import os
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator, Mapping
 from itertools import product
 from pathlib import Path
+from types import MappingProxyType
 from typing import NamedTuple
 
 import msgspec
@@ -22,10 +23,20 @@ from narsil_stream.bench.figures import BadRun, alternate, doubt, median
 from narsil_stream.bench.load import Load, LoadFailed
 from narsil_stream.bench.peer_servers.engine import EAGER, VARIABLE, Order, Settings
 from narsil_stream.bench.questions import HTTP_INFER, WAYS, Asked, Way, WrongAnswer, binary, over_http, raw_scores
-from narsil_stream.bench.shell import TOLERANCE, Gathered, Plan, Say, case_name, echo_run, open_loop, questions_of, workplace
+from narsil_stream.bench.report import Report
+from narsil_stream.bench.shell import (
+    TOLERANCE,
+    Gathered,
+    Plan,
+    Say,
+    case_name,
+    echo_run,
+    open_loop,
+    questions_of,
+    workplace,
+)
 from narsil_stream.core.ports import free_port
 from narsil_stream.kernels.backend import Backend
-from narsil_stream.bench.report import Report
 
 READY_S = 180.0
 """Ray takes its time."""
@@ -39,18 +50,21 @@ class Peer(NamedTuple):
     way: Way
     ours: str
     """Our way that takes the same payload."""
+    environ: Mapping[str, str] = MappingProxyType({})
 
 
 def _msgpack(path: str) -> Way:
     return Way("http", "http", over_http(path), raw_scores)
 
 
+RAY = MappingProxyType({"RAY_USAGE_STATS_ENABLED": "0", "RAY_SERVE_THROUGHPUT_OPTIMIZED": "1"})
+
 PEERS = {
     peer.name: peer
     for peer in (
         Peer("mosec", ("mosec==0.9.8",), _msgpack("/inference"), "http"),
         Peer("litserve", ("litserve==0.2.19",), _msgpack("/predict"), "http"),
-        Peer("ray", ("ray[serve]==2.60.0",), _msgpack("/"), "http"),
+        Peer("ray", ("ray[serve]==2.60.0",), _msgpack("/"), "http", RAY),
         Peer(
             "triton",
             ("nvidia-pytriton==0.7.0", "numpy<2"),
@@ -152,7 +166,7 @@ def _running(bench: Bench, peer: Peer, python: Path, engine: str, settings: Sett
     port = free_port(serving.HOST, 0, peer.name)
     order = Order(port, str(bench.model), engine, max(bench.plan.rows), settings)
     threads = dict.fromkeys(("OMP_NUM_THREADS", "OPENBLAS_NUM_THREADS", "MKL_NUM_THREADS"), str(settings.threads))
-    environ = os.environ | threads | {VARIABLE: msgspec.json.encode(order).decode(), "RAY_USAGE_STATS_ENABLED": "0"}
+    environ = os.environ | threads | {VARIABLE: msgspec.json.encode(order).decode()} | dict(peer.environ)
     environ.pop("PYTHONPATH", None)
     command = [str(python), "-m", f"narsil_stream.bench.peer_servers.{peer.name}"]
     log = bench.folder / f"{peer.name}.log"

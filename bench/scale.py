@@ -22,7 +22,9 @@ def scale(plan: Plan, say: Say) -> Report:
     gathered = Gathered()
     with workplace("shell") as (folder, model, backend), contextlib.ExitStack() as stack:
         running = {
-            f"x{count}": stack.enter_context(serving.pipeline(folder / str(count), model, *_options(count), *plan.options))
+            f"x{count}": stack.enter_context(
+                serving.pipeline(folder / str(count), model, *_options(count), *plan.options)
+            )
             for count in sizes()
         }
         for way in (WAYS[name] for name in plan.ways):
@@ -46,4 +48,8 @@ def scale(plan: Plan, say: Say) -> Report:
 
 def _options(count: int) -> list[str]:
     doors = [f"--{door}-processes" for door in ("http", "grpc")]
-    return ["--backend", "noop", *(w for o in (*doors, "--batch-batchers", "--executor-executors") for w in (o, str(count)))]
+    return [
+        "--backend",
+        "noop",
+        *(w for o in (*doors, "--batch-batchers", "--executor-executors") for w in (o, str(count))),
+    ]

@@ -53,8 +53,8 @@ class Broker(NamedTuple):
         grown = self.in_bytes() - before
         if grown < sent:
             raise Bypassed(
-                f"{name}: the broker received {grown:,} bytes while requests of {sent:,} bytes were answered: they took "
-                "another way, so the figure is not one of the pipeline"
+                f"{name}: the broker received {grown:,} bytes while requests of {sent:,} bytes were answered: they "
+                "took another way, so the figure is not one of the pipeline"
             )
 
 
@@ -97,7 +97,9 @@ def pipeline(folder: Path, model: Path, *options: str) -> Iterator[Pipeline]:
         command = [sys.executable, "-m", "narsil_stream", "serve", "--model", str(model), "--data-dir", str(folder)]
         command += ["--nats-url", broker_.url, "--log-level", "warning", *ports, *options]
         with process(command, log) as running:
-            (metrics,) = patiently("narsil serve", lambda: _found(log, r"http://\S+:(\d+)/metrics"), running, log, READY_S)
+            (metrics,) = patiently(
+                "narsil serve", lambda: _found(log, r"http://\S+:(\d+)/metrics"), running, log, READY_S
+            )
             with urllib.request.urlopen(f"http://{HOST}:{metrics}/health", timeout=READY_S) as response:
                 actors = json.load(response)["actors"]
             yield _described(broker_, actors)

@@ -116,7 +116,14 @@ def questions_of(way: Way, backend: Backend, rows: int, kind: str) -> list[Asked
 
 
 def _own(
-    kind: str, plan: Plan, gathered: Gathered, say: Say, folder: Path, model: Path, backend: Backend, own: tuple[str, ...]
+    kind: str,
+    plan: Plan,
+    gathered: Gathered,
+    say: Say,
+    folder: Path,
+    model: Path,
+    backend: Backend,
+    own: tuple[str, ...],
 ) -> None:
     with serving.pipeline(folder / "batch", model, *own, *plan.options) as ours:
         for way in plan.ways:
@@ -129,7 +136,9 @@ def _own(
     if plan.inline and "http" in plan.ways:
         with serving.pipeline(folder / "inline", model, *own, *plan.options, "--mode", "inline") as ours:
             one = Server("inline", WAYS["http"], ours.http, None)
-            _case(kind, replace(plan, open_at=()), gathered, say, folder, one, backend, plan.rows[0], plan.connections[0])
+            _case(
+                kind, replace(plan, open_at=()), gathered, say, folder, one, backend, plan.rows[0], plan.connections[0]
+            )
 
 
 def _case(

@@ -70,10 +70,10 @@ class Engine:
         """One batch of requests as they came; the bytes of each one's scores."""
         parts = [[codec.array(one) for one in codec.decode_request(body).inputs] for body in bodies]
         dense, ids = (column[0] if len(column) == 1 else np.concatenate(column) for column in zip(*parts, strict=True))
-        scores, at, found = memoryview(self(dense, ids)).cast("B"), 0, []
+        scores, at, found = self(dense, ids).tobytes(), 0, []
         for part in parts:
             end = at + 4 * len(part[0])
-            found.append(bytes(scores[at:end]))
+            found.append(scores[at:end])
             at = end
         return found
 

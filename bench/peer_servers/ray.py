@@ -9,6 +9,7 @@ from types import FrameType
 import ray
 from ray import serve
 from ray.serve.config import HTTPOptions
+from ray.serve.schema import LoggingConfig
 from starlette.requests import Request
 from starlette.responses import Response
 
@@ -32,14 +33,16 @@ def app(given: Order) -> serve.Application:
         async def __call__(self, request: Request) -> Response:
             return Response(await self.score(await request.body()), media_type="application/octet-stream")
 
-    return Scorer.bind()
+    bound: serve.Application = Scorer.bind()  # type: ignore[attr-defined]
+    return bound
 
 
 def main() -> None:
     given = order()
     ray.init(include_dashboard=False, log_to_driver=False, num_cpus=os.cpu_count())
-    serve.start(http_options=HTTPOptions(host="127.0.0.1", port=given.port))
-    serve.run(app(given), route_prefix="/")
+    quiet = LoggingConfig(enable_access_log=False)
+    serve.start(http_options=HTTPOptions(host="127.0.0.1", port=given.port), logging_config=quiet)
+    serve.run(app(given), route_prefix="/", logging_config=quiet)
     ended = threading.Event()
 
     def end(number: int, frame: FrameType | None) -> None:

@@ -1,5 +1,8 @@
 """Triton by nvidia-pytriton: tritonserver's own HTTP server and dynamic batcher, Python behind a socket."""
 
+import os
+import tempfile
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -11,12 +14,28 @@ from narsil_stream.bench.peer_servers.engine import Engine, order
 from narsil_stream.bench.questions import MODEL
 from narsil_stream.core.ports import free_port
 from narsil_stream.kernels.artifact import read_spec
-from pathlib import Path
 
 HOST = "127.0.0.1"
 
 
+_SITE = """
+import _thread
+if not hasattr(_thread.RLock, "_recursion_count"):
+    import threading
+    from multiprocessing import resource_tracker
+    resource_tracker._resource_tracker._lock = threading._PyRLock()
+"""
+"""Triton's Python backend has an interpreter of its own but our standard library, which may be newer."""
+
+
 def main() -> None:
+    with tempfile.TemporaryDirectory(prefix="narsil-triton-") as site:
+        (Path(site) / "sitecustomize.py").write_text(_SITE)
+        os.environ["PYTHONPATH"] = site
+        serve()
+
+
+def serve() -> None:
     given = order()
     settings, spec = given.settings, read_spec(Path(given.model))
     engines = [_worker(Engine(given)) for _ in range(settings.workers)]

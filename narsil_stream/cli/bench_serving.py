@@ -22,7 +22,7 @@ PEERS = ("mosec", "litserve", "ray", "triton")
 KINDS = ("shell", "pipeline")
 
 
-class Words(click.ParamType):
+class Words(click.ParamType[tuple[Any, ...]]):
     """Words of a closed list, or numbers from 1, separated by commas."""
 
     name = "list"
@@ -43,7 +43,7 @@ class Words(click.ParamType):
 
 
 def measurement(ways: tuple[str, ...], rows: str = "100,1") -> Callable[[Callable[..., "Report"]], Callable[..., None]]:
-    """Options of a command that makes a `Plan` and shows a `Report`. The command takes the plan and how to say things."""
+    """Options of a command that gets a `Plan` and how to say things, and gives a `Report`, which is shown."""
     options = [
         click.option("--json", "json_file", type=_file, metavar="FILE", help="Write the figures there as well."),
         click.option("--plot", "plot_file", type=_file, metavar="FILE", help="Draw them there (.svg, .png)."),
@@ -57,7 +57,11 @@ def measurement(ways: tuple[str, ...], rows: str = "100,1") -> Callable[[Callabl
             help="Requests in flight; over HTTP on a connection each.",
         ),
         click.option(
-            "--seconds", type=click.FloatRange(0.1, 600), default=3.0, show_default=True, help="Of each run; wrk: whole."
+            "--seconds",
+            type=click.FloatRange(0.1, 600),
+            default=3.0,
+            show_default=True,
+            help="Of each run; wrk: whole.",
         ),
         click.option("--rounds", type=click.IntRange(1), default=5, show_default=True, help="Runs; medians count."),
         click.option(
@@ -154,7 +158,9 @@ _table_rows = click.option(
 
 
 @click.command()
-@click.option("--inline", is_flag=True, help="Mode inline over HTTP as well, as a case of its own: no broker on the way.")
+@click.option(
+    "--inline", is_flag=True, help="Mode inline over HTTP as well, as a case of its own: no broker on the way."
+)
 @measurement(WAYS)
 def shell(plan: "Plan", say: Callable[[str], None], *, quick: bool, inline: bool) -> "Report":
     """The whole pipeline around a model that costs nothing: what a request costs us.
@@ -187,7 +193,9 @@ def pipeline(plan: "Plan", say: Callable[[str], None], *, quick: bool, table_row
 @click.command()
 @_table_rows
 @click.option("--peers", "names", type=Words(PEERS), default=",".join(PEERS), show_default=True, help="Which.")
-@click.option("--kinds", type=Words(KINDS), default=",".join(KINDS), show_default=True, help="Models: none, or the DLRM.")
+@click.option(
+    "--kinds", type=Words(KINDS), default=",".join(KINDS), show_default=True, help="Models: none, or the DLRM."
+)
 @click.option(
     "--data-dir", type=click.Path(path_type=Path, file_okay=False), help="Where the peers' environments are kept."
 )
@@ -217,7 +225,7 @@ def peers(
 @click.command()
 @measurement(("nats",))
 def broker(plan: "Plan", say: Callable[[str], None], *, quick: bool) -> "Report":
-    """NATS producers through the pipeline, beside a bare nats-py echo of the same bytes; processor time of each process.
+    """NATS producers through the pipeline beside a bare nats-py echo of the same bytes; processor time of each process.
 
     Example: narsil bench broker --quick
     """
