@@ -29,15 +29,16 @@ def answers(server: Server, questions: list[Question], patience_s: float = CONNE
         caller = CALLERS[server.way.transport](server.port, questions, 1)
         await asyncio.wait_for(caller.open(), patience_s)
         loop = asyncio.get_running_loop()
-        found: list[asyncio.Future[bytes | None]] = [loop.create_future() for _ in questions]
-        for which, future in enumerate(found):
+        futures: list[asyncio.Future[bytes | None]] = [loop.create_future() for _ in questions]
+        for which, future in enumerate(futures):
             caller.ask(which, future.set_result)
         try:
-            return [await asyncio.wait_for(future, patience_s) for future in found]
+            return [await asyncio.wait_for(future, patience_s) for future in futures]
         finally:
             caller.close()
 
-    return uvloop.run(ask())
+    found: list[bytes | None] = uvloop.run(ask())
+    return found
 
 
 def load_for(server: Server, asked: list[Asked], in_flight: int, seconds: float, tolerance: float) -> Load:

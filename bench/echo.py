@@ -32,7 +32,7 @@ class HttpEcho(asyncio.Protocol):
             end = self._head.find(b"\r\n\r\n")
             if end < 0:
                 return
-            at = self._head.lower().index(b"content-length:") + 15
+            at = self._head.lower().index(b"\r\ncontent-length:") + 17
             self._length = end + 4 + int(self._head[at:].split(b"\r\n", 1)[0])
             data, self._head = self._head, b""
         self._got += len(data)

@@ -46,8 +46,8 @@ def _see_ours(folder: Path) -> None:
 
 
 def versions(interpreter: Path, packages: tuple[str, ...]) -> dict[str, str]:
-    """What is installed of these requirements, by name."""
-    names = [package.split("[")[0].split("=")[0].split("<")[0] for package in packages]
+    """What is installed of the pinned ones among these requirements, by name."""
+    names = [package.partition("==")[0].partition("[")[0] for package in packages if "==" in package]
     code = "import sys; from importlib.metadata import version; print(*map(version, sys.argv[1:]))"
     done = subprocess.run([str(interpreter), "-c", code, *names], capture_output=True, text=True, timeout=60)
     return dict(zip(names, done.stdout.split(), strict=False))

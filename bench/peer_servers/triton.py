@@ -1,7 +1,7 @@
 """Triton by nvidia-pytriton: tritonserver's own HTTP server and dynamic batcher, Python behind a socket."""
 
 import os
-import tempfile
+import sysconfig
 from pathlib import Path
 from typing import Any
 
@@ -18,25 +18,10 @@ from narsil_stream.kernels.artifact import read_spec
 HOST = "127.0.0.1"
 
 
-_SITE = """
-import _thread
-if not hasattr(_thread.RLock, "_recursion_count"):
-    import threading
-    from multiprocessing import resource_tracker
-    resource_tracker._resource_tracker._lock = threading._PyRLock()
-"""
-"""Triton's Python backend has an interpreter of its own but our standard library, which may be newer."""
-
-
 def main() -> None:
-    with tempfile.TemporaryDirectory(prefix="narsil-triton-") as site:
-        (Path(site) / "sitecustomize.py").write_text(_SITE)
-        os.environ["PYTHONPATH"] = site
-        serve()
-
-
-def serve() -> None:
     given = order()
+    # Triton's Python backend must load the library of this interpreter: another one's does not fit its modules.
+    os.environ["LD_LIBRARY_PATH"] = sysconfig.get_config_var("LIBDIR")
     settings, spec = given.settings, read_spec(Path(given.model))
     engines = [_worker(Engine(given)) for _ in range(settings.workers)]
     config = TritonConfig(

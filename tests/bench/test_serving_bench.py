@@ -5,7 +5,7 @@ import json
 import threading
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 
 import numpy as np
@@ -15,6 +15,7 @@ from msgspec.structs import replace
 
 from narsil_stream.bench import figures, load, serving, shell, table, wrk
 from narsil_stream.bench.asking import Server, load_for, run_of
+from narsil_stream.bench.callers import http_request
 from narsil_stream.bench.figures import BadRun, Figures, doubt, rows_of
 from narsil_stream.bench.load import Load
 from narsil_stream.bench.questions import WAYS, Question, WrongAnswer, asked
@@ -101,6 +102,32 @@ def test_latency_of_an_open_loop_counts_from_the_intended_time() -> None:
     assert np.median(closed.latencies) < 20  # a closed loop waits with the server, and does not notice
     assert np.mean(opened.latencies > 50) > 0.2
     assert opened.latencies.max() >= 180
+
+
+@pytest.mark.parametrize("way", ["http", "http-binary", "grpc", "nats"])
+def test_a_bare_echo_answers_each_request_once(way: str, tmp_path: Path) -> None:
+    """An echo that answers twice would let every generator pass for fast enough."""
+    with shell.workplace("shell") as (_, _, backend):
+        questions = [one.question for one in asked(WAYS[way], backend, 10, 3)]
+    with ExitStack() as stack:
+        url = stack.enter_context(serving.own_broker(tmp_path)).url if way == "nats" else ""
+        port = stack.enter_context(serving.echo(WAYS[way].transport, b"answer", tmp_path, url))
+        given = Load(port, questions, [b"answer"] * 3, 4, 0.2, 0.0)
+        outcome = load.run(given)
+        assert outcome.good > 0
+        assert outcome.wrong == outcome.failed == 0
+        if WAYS[way].transport == "http":
+            asyncio.run(nothing_more_than_one_answer(port, http_request(questions[0])))
+
+
+async def nothing_more_than_one_answer(port: int, request: bytes) -> None:
+    reader, writer = await asyncio.open_connection("127.0.0.1", port)
+    writer.write(request)
+    assert (await reader.readuntil(b"answer")).count(b"HTTP/1.1") == 1
+    writer.write(request)  # whatever came in excess would come before the next answer
+    assert (await reader.readuntil(b"answer")).count(b"HTTP/1.1") == 1
+    writer.write_eof()
+    assert await reader.read() == b""
 
 
 @pytest.mark.skipif(not wrk.available(), reason="wrk is not installed")
