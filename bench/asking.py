@@ -45,12 +45,31 @@ def load_for(server: Server, asked: list[Asked], in_flight: int, seconds: float,
     """A closed loop for a server whose answers are right. Raises WrongAnswer."""
     questions = [one.question for one in asked]
     got = []
-    for one, answer in zip(asked, answers(server, questions), strict=True):
+    try:
+        answered = answers(server, questions)
+    except OSError as error:
+        raise WrongAnswer(server.name, f"no answer over {server.way.name}: {error or type(error).__name__}") from error
+    for one, answer in zip(asked, answered, strict=True):
         if answer is None:
-            raise WrongAnswer(f"{server.name}: a question over {server.way.name} was refused or not answered")
+            raise WrongAnswer(server.name, f"a question over {server.way.name} was refused or not answered")
         check(server.name, server.way, one, answer, tolerance)
         got.append(answer)
-    return Load(server.port, questions, got, in_flight, seconds, tensor_bytes=asked[0].tensor_bytes)
+    return Load(
+        server.port,
+        questions,
+        got,
+        in_flight,
+        seconds,
+        tolerance=tolerance,
+        scores_at=_scores_at(server.way, got[0], len(asked[0].scores)),
+        rows=len(asked[0].scores),
+        tensor_bytes=asked[0].tensor_bytes,
+    )
+
+
+def _scores_at(way: Way, answer: bytes, rows: int) -> int:
+    """Where the scores' bytes lie in an answer."""
+    return answer.rindex(way.scores(answer, rows).tobytes())
 
 
 def run_of(server: Server, load: Load, generators: int = 1) -> Callable[[], Figures]:

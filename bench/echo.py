@@ -1,6 +1,7 @@
 """Bare echoes: what a load generator and a protocol can do when the server does nothing.
 
-`python -m narsil_stream.bench.echo http|grpc|nats` gives one answer, read from stdin, to all, and decodes nothing.
+`python -m narsil_stream.bench.echo http|granian|grpc|nats` gives one answer, read from stdin, to everything, and decodes
+nothing.
 """
 
 import asyncio
@@ -51,6 +52,21 @@ async def http(answer: bytes, _: str) -> None:
     await server.serve_forever()
 
 
+async def granian(answer: bytes, _: str) -> None:
+    """The server library of our HTTP gateway."""
+    from granian.constants import Interfaces
+    from granian.server.embed import Server
+
+    async def infer(_: Any, proto: Any) -> None:
+        await proto()
+        proto.response_bytes(200, [("content-type", "application/json")], answer)
+
+    port = free_port("127.0.0.1", 0, "http.port")
+    server = Server(infer, port=port, interface=Interfaces.RSGI, websockets=False, backlog=1_024, log_enabled=False)
+    print(f"echo on {port}", flush=True)
+    await server.serve()
+
+
 async def grpc(answer: bytes, _: str) -> None:
     import grpc as lib
     from grpc import aio
@@ -83,7 +99,7 @@ async def nats(answer: bytes, url: str) -> None:
 
 
 def main() -> None:
-    serve = {"http": http, "grpc": grpc, "nats": nats}[sys.argv[1]]
+    serve = {"http": http, "granian": granian, "grpc": grpc, "nats": nats}[sys.argv[1]]
     uvloop.run(serve(sys.stdin.buffer.read(), sys.argv[2] if len(sys.argv) > 2 else ""))
 
 

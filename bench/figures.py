@@ -9,6 +9,7 @@ from msgspec import Struct
 
 from narsil_stream.bench import load, wrk
 from narsil_stream.bench.load import Load, Outcome
+from narsil_stream.bench.questions import Misbehaved
 from narsil_stream.bench.report import Row
 
 MARGIN = 1.5
@@ -17,7 +18,7 @@ MARGIN = 1.5
 UNITS = {"requests_per_s": "1/s", "rows_per_s": "1/s", "p50_ms": "ms", "p99_ms": "ms", "p999_ms": "ms"}
 
 
-class BadRun(RuntimeError):
+class BadRun(Misbehaved):
     """Wrong answers, or none, while a server was timed."""
 
 
@@ -51,16 +52,16 @@ def measure(name: str, given: Load, processes: int = 1, use_wrk: bool = False) -
 
 def _by_wrk(name: str, said: dict[str, Any]) -> Figures:
     if not said["requests"]:
-        raise BadRun(f"{name}: no request was answered")
+        raise BadRun(name, "no request was answered")
     rate = (said["requests"] - said["failed"]) / said["us"] * 1e6
     return Figures(rate, said["p50"], said["p99"], said["p999"], said["requests"], said["failed"])
 
 
 def _figures(name: str, outcome: Outcome) -> Figures:
     if outcome.wrong:
-        raise BadRun(f"{name}: {outcome.wrong} of {outcome.sent} answers were wrong")
+        raise BadRun(name, f"{outcome.wrong} of {outcome.sent} answers were wrong")
     if not outcome.good:
-        raise BadRun(f"{name}: none of {outcome.sent} requests was answered")
+        raise BadRun(name, f"none of {outcome.sent} requests was answered")
     p50, p99, p999 = np.percentile(outcome.latencies, (50, 99, 99.9))
     late = np.frombuffer(outcome.lateness_ms, np.float32)
     return Figures(

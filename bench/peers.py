@@ -19,10 +19,10 @@ from msgspec.structs import replace
 from narsil_stream.bench import environments, serving
 from narsil_stream.bench.asking import Server, answers, load_for, run_of
 from narsil_stream.bench.environments import NotInstalled
-from narsil_stream.bench.figures import BadRun, alternate, doubt, median
-from narsil_stream.bench.load import Load, LoadFailed
+from narsil_stream.bench.figures import alternate, doubt, median
+from narsil_stream.bench.load import Load
 from narsil_stream.bench.peer_servers.engine import EAGER, VARIABLE, Order, Settings
-from narsil_stream.bench.questions import HTTP_INFER, WAYS, Asked, Way, WrongAnswer, binary, over_http, raw_scores
+from narsil_stream.bench.questions import HTTP_INFER, WAYS, Asked, Misbehaved, Way, binary, over_http, raw_scores
 from narsil_stream.bench.report import Report
 from narsil_stream.bench.shell import (
     TOLERANCE,
@@ -147,7 +147,9 @@ def _one(bench: Bench, peer: Peer, engine: str, settings: list[Settings]) -> flo
             speed = _beside(bench, peer, label, server, best)
         if peer.name == "mosec" and engine != EAGER and 1 in bench.plan.connections:
             _unbatched(bench, peer, python, engine)
-    except (NotInstalled, serving.NotStarted, WrongAnswer, BadRun, LoadFailed, OSError) as error:
+    except (NotInstalled, Misbehaved) as error:
+        if isinstance(error, Misbehaved) and error.server != peer.name:
+            raise  # ours, or an echo
         bench.gathered.absent[f"{bench.kind}/{label}"] = f"{type(error).__name__}: {error}"
         bench.say(f"{label} is absent: {error}")
         return 0.0

@@ -17,6 +17,7 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from narsil_stream.bench.questions import Misbehaved
 from narsil_stream.core import broker
 from narsil_stream.core.config import NatsConfig
 from narsil_stream.core.ports import free_port
@@ -26,11 +27,11 @@ STOP_S = 15.0
 HOST = "127.0.0.1"
 
 
-class NotStarted(RuntimeError):
+class NotStarted(Misbehaved):
     """A server that did not come up; says what it said last."""
 
 
-class Bypassed(AssertionError):
+class Bypassed(Misbehaved):
     """Requests were answered without having crossed the broker."""
 
 
@@ -53,8 +54,9 @@ class Broker(NamedTuple):
         grown = self.in_bytes() - before
         if grown < sent:
             raise Bypassed(
-                f"{name}: the broker received {grown:,} bytes while requests of {sent:,} bytes were answered: they "
-                "took another way, so the figure is not one of the pipeline"
+                name,
+                f"the broker received {grown:,} bytes while requests of {sent:,} bytes were answered: they took "
+                "another way, so the figure is not one of the pipeline",
             )
 
 
@@ -125,13 +127,13 @@ def cpu_s(pid: int) -> float:
 
 
 @contextlib.contextmanager
-def echo(transport: str, answer: bytes, folder: Path, url: str = "") -> Iterator[int]:
-    """The port of a server that gives this answer to everything. `url`: of the broker, for transport nats."""
-    log = folder / f"echo-{transport}.log"
-    command = [sys.executable, "-m", "narsil_stream.bench.echo", transport, *([url] if url else [])]
+def echo(kind: str, answer: bytes, folder: Path, url: str = "") -> Iterator[tuple[int, int]]:
+    """Port and process of a server that gives this answer to everything. `url`: of the broker, for kind nats."""
+    log = folder / f"echo-{kind}.log"
+    command = [sys.executable, "-m", "narsil_stream.bench.echo", kind, *([url] if url else [])]
     with process(command, log, answer) as running:
         (port,) = patiently("the echo", lambda: _found(log, r"echo on (\d+)"), running, log, READY_S)
-        yield int(port)
+        yield int(port), running.pid
 
 
 @contextlib.contextmanager
@@ -170,7 +172,7 @@ def patiently(name: str, ask: Any, running: subprocess.Popen[bytes], log: Path, 
             problem = str(error)
         time.sleep(0.05)
     state = f"ended with status {running.returncode}" if running.poll() is not None else f"not ready in {seconds:.0f} s"
-    raise NotStarted(f"{name}: {state} ({problem}). It said: {_tail(log)}")
+    raise NotStarted(name, f"{state} ({problem}). It said: {_tail(log)}")
 
 
 def _tail(log: Path) -> str:

@@ -201,6 +201,6 @@ def echo_run(plan: Plan, load: Load, folder: Path, server: Server) -> Iterator[C
         url = ""
         if server.way.transport == "nats":
             url = stack.enter_context(serving.own_broker(folder / "echo")).url
-        port = stack.enter_context(serving.echo(server.way.transport, answer, folder, url))
+        port, _ = stack.enter_context(serving.echo(server.way.transport, answer, folder, url))
         same = replace(load, port=port, answers=[answer] * len(load.answers))
         yield lambda: measure("echo", same, plan.generators, wrk.available())

@@ -131,16 +131,14 @@ def _say() -> Callable[[str], None]:
 def _show(measure: Callable[[], "Report"], json_file: Path | None, plot_file: Path | None) -> None:
     import msgspec
 
-    from narsil_stream.bench.figures import BadRun
     from narsil_stream.bench.load import LoadFailed
-    from narsil_stream.bench.questions import WrongAnswer
+    from narsil_stream.bench.questions import Misbehaved
     from narsil_stream.bench.report import NoPlot
-    from narsil_stream.bench.serving import Bypassed, NotStarted
     from narsil_stream.bench.table import draw, markdown
 
     try:
         report = measure()
-    except (BadRun, Bypassed, LoadFailed, NotStarted, WrongAnswer) as error:
+    except (Misbehaved, LoadFailed) as error:
         raise click.ClickException(str(error)) from None
     click.echo(markdown(report))
     if json_file:

@@ -111,7 +111,7 @@ def test_a_bare_echo_answers_each_request_once(way: str, tmp_path: Path) -> None
         questions = [one.question for one in asked(WAYS[way], backend, 10, 3)]
     with ExitStack() as stack:
         url = stack.enter_context(serving.own_broker(tmp_path)).url if way == "nats" else ""
-        port = stack.enter_context(serving.echo(WAYS[way].transport, b"answer", tmp_path, url))
+        port, _ = stack.enter_context(serving.echo(WAYS[way].transport, b"answer", tmp_path, url))
         given = Load(port, questions, [b"answer"] * 3, 4, 0.2, 0.0)
         outcome = load.run(given)
         assert outcome.good > 0
