@@ -54,6 +54,8 @@ def load_for(server: Server, asked: list[Asked], in_flight: int, seconds: float,
             raise WrongAnswer(server.name, f"a question over {server.way.name} was refused or not answered")
         check(server.name, server.way, one, answer, tolerance)
         got.append(answer)
+    rows = len(asked[0].scores)
+    at = got[0].rfind(server.way.scores(got[0], rows).tobytes())  # not in JSON, where every byte must be the same
     return Load(
         server.port,
         questions,
@@ -61,15 +63,10 @@ def load_for(server: Server, asked: list[Asked], in_flight: int, seconds: float,
         in_flight,
         seconds,
         tolerance=tolerance,
-        scores_at=_scores_at(server.way, got[0], len(asked[0].scores)),
-        rows=len(asked[0].scores),
+        scores_at=max(at, 0),
+        rows=rows if at >= 0 else 0,
         tensor_bytes=asked[0].tensor_bytes,
     )
-
-
-def _scores_at(way: Way, answer: bytes, rows: int) -> int:
-    """Where the scores' bytes lie in an answer."""
-    return answer.rindex(way.scores(answer, rows).tobytes())
 
 
 def run_of(server: Server, load: Load, generators: int = 1) -> Callable[[], Figures]:

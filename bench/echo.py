@@ -1,7 +1,7 @@
 """Bare echoes: what a load generator and a protocol can do when the server does nothing.
 
-`python -m narsil_stream.bench.echo http|granian|grpc|nats` gives one answer, read from stdin, to everything, and decodes
-nothing.
+`python -m narsil_stream.bench.echo http|granian|grpc|nats` gives one answer, read from stdin, to everything, and
+decodes nothing.
 """
 
 import asyncio
