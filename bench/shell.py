@@ -106,7 +106,8 @@ def workplace(kind: str, table_rows: int = 1_000) -> Iterator[tuple[Path, Path, 
 
 def case_name(kind: str, way: str, rows: int, connections: int, *, server: str = "") -> str:
     """`shell/http/100rows/c64`, `pipeline/mosec/http/dlrm/c64` ..."""
-    what = f"{rows}rows" if kind != "pipeline" else "dlrm" if rows == 100 else f"dlrm-{rows}rows"
+    size = "1row" if rows == 1 else f"{rows}rows"
+    what = size if kind != "pipeline" else "dlrm" if rows == 100 else f"dlrm-{size}"
     return "/".join([kind, *([server] if server else []), way, what, f"c{connections}"])
 
 
