@@ -5,6 +5,7 @@ from collections.abc import Callable
 from typing import NamedTuple
 
 import uvloop
+from msgspec.structs import replace
 
 from narsil_stream.bench import wrk
 from narsil_stream.bench.callers import CALLERS, CONNECT_S
@@ -12,6 +13,8 @@ from narsil_stream.bench.figures import Figures, measure
 from narsil_stream.bench.load import Load
 from narsil_stream.bench.questions import Asked, Question, Way, WrongAnswer, check
 from narsil_stream.bench.serving import Broker
+
+CHECK_S = 0.5
 
 
 class Server(NamedTuple):
@@ -42,7 +45,10 @@ def answers(server: Server, questions: list[Question], patience_s: float = CONNE
 
 
 def load_for(server: Server, asked: list[Asked], in_flight: int, seconds: float, tolerance: float) -> Load:
-    """A closed loop for a server whose answers are right. Raises WrongAnswer."""
+    """A closed loop for a server whose answers are right, to each question alone and to many at once.
+
+    wrk compares no bytes: what mixes up rows of a batch must show here. Raises WrongAnswer, BadRun.
+    """
     questions = [one.question for one in asked]
     got = []
     try:
@@ -56,7 +62,7 @@ def load_for(server: Server, asked: list[Asked], in_flight: int, seconds: float,
         got.append(answer)
     rows = len(asked[0].scores)
     at = got[0].rfind(server.way.scores(got[0], rows).tobytes())  # not in JSON, where every byte must be the same
-    return Load(
+    load = Load(
         server.port,
         questions,
         got,
@@ -67,6 +73,8 @@ def load_for(server: Server, asked: list[Asked], in_flight: int, seconds: float,
         rows=rows if at >= 0 else 0,
         tensor_bytes=asked[0].tensor_bytes,
     )
+    measure(server.name, replace(load, seconds=CHECK_S, warm_s=0.0))
+    return load
 
 
 def run_of(server: Server, load: Load, generators: int = 1) -> Callable[[], Figures]:

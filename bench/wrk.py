@@ -58,7 +58,7 @@ def run(load: Load) -> dict[str, Any]:
         if line.startswith("OUTCOME "):
             said: dict[str, Any] = json.loads(line.removeprefix("OUTCOME "))
             each, length = said["bytes"] / max(said["requests"], 1), len(load.answers[0])
-            if not length <= each <= length + HEAD_BYTES:
+            if said["requests"] and not length <= each <= length + HEAD_BYTES:
                 raise LoadFailed(f"wrk got {each:.0f} bytes a request; expected a head and the {length} checked before")
             return said
     raise LoadFailed(f"wrk ended with status {done.returncode}: {done.stderr or done.stdout}")

@@ -2,7 +2,7 @@
 
 import os
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Protocol
 
 import msgspec
 import numpy as np
@@ -27,7 +27,7 @@ class Settings(Struct, frozen=True):
     """How long a batch waits for more."""
     workers: int = 1
     threads: int = 1
-    """Of each worker's arithmetic."""
+    """Of each worker's arithmetic; the environment says it to its libraries."""
 
     def __str__(self) -> str:
         return f"batch {self.batch}, wait {self.wait_ms} ms, workers {self.workers}, threads {self.threads}"
@@ -80,7 +80,6 @@ class Engine:
 
 def _load(given: Order) -> Runs:
     folder = Path(given.model)
-    _limit_threads(given.settings.threads)
     if given.engine == EAGER:
         from narsil_stream.bench.torchrec_eager import TorchRecEager
 
@@ -88,12 +87,3 @@ def _load(given: Order) -> Runs:
     backend = families.choose(given.engine, "auto", read_spec(folder)).load(folder)
     backend.warm_up(given.settings.batch * given.rows)
     return backend
-
-
-def _limit_threads(count: int) -> None:
-    """The environment says it to what is not imported yet; torch may be."""
-    import sys
-
-    torch: Any = sys.modules.get("torch")
-    if torch is not None:
-        torch.set_num_threads(count)

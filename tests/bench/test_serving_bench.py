@@ -224,3 +224,15 @@ def test_the_no_op_family_tells_rows_apart() -> None:
         (one,) = asked(WAYS["http"], noop.load(model), 50, 1)
     assert len(set(one.scores.tolist())) > 40
     assert ((one.scores >= 0) & (one.scores < 1)).all()
+
+
+def test_scores_may_differ_in_their_last_bits_and_nothing_else_may() -> None:
+    """A real engine's scores depend on the batch; other rows' scores must not pass for that."""
+    scores = np.array([0.25, 0.5], np.float32)
+    right = b"head" + scores.tobytes() + b"tail"
+    near, far = (b"head" + (scores + by).astype(np.float32).tobytes() + b"tail" for by in (1e-4, 1e-1))
+    for answer, passes in ((right, True), (near, True), (far, False), (near[:-1] + b"x", False), (near + b"x", False)):
+        with Door(answer=answer) as door:
+            given = loop_for(door, answers=[right], tolerance=1e-3, scores_at=4, rows=2, seconds=0.1)
+            outcome = load.run(given)
+        assert (outcome.wrong == 0, outcome.good > 0) == (passes, passes)
