@@ -95,7 +95,9 @@ def pipeline(folder: Path, model: Path, *options: str) -> Iterator[Pipeline]:
     folder.mkdir(parents=True, exist_ok=True)
     log = folder / "serve.log"
     with own_broker(folder) as broker_:
-        ports = [word for door in ("http", "grpc", "metrics") for word in (f"--{door}-port", "0")]
+        # Several processes can share only a port that is named.
+        named = {f"--{door}-port": str(free_port(HOST, 0, f"{door}.port")) for door in ("http", "grpc", "metrics")}
+        ports = [word for option in named.items() for word in option]
         command = [sys.executable, "-m", "narsil_stream", "serve", "--model", str(model), "--data-dir", str(folder)]
         command += ["--nats-url", broker_.url, "--log-level", "warning", *ports, *options]
         with process(command, log) as running:

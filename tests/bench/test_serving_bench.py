@@ -201,7 +201,20 @@ def test_the_table_marks_what_does_not_count() -> None:
 def test_the_command_measures_http_and_nats_and_writes_them_as_json(tmp_path: Path) -> None:
     """Gates read these names."""
     file, plot = tmp_path / "shell.json", tmp_path / "shell.svg"
-    pick = ["--ways", "http,nats", "--rows", "10", "--connections", "8", "--quick"]
+    pick = [
+        "--ways",
+        "http,nats",
+        "--rows",
+        "10",
+        "--connections",
+        "8",
+        "--seconds",
+        "0.3",
+        "--rounds",
+        "1",
+        "--open-at",
+        "0.5",
+    ]
     done = CliRunner().invoke(cli, ["bench", "shell", *pick, "--json", str(file), "--plot", str(plot)])
     assert done.exit_code == 0, done.output
     found = json.loads(file.read_bytes())
@@ -211,6 +224,8 @@ def test_the_command_measures_http_and_nats_and_writes_them_as_json(tmp_path: Pa
         for metric in ("requests_per_s", "rows_per_s", "p50_ms", "p99_ms", "p999_ms"):
             assert rows[f"shell/{way}/10rows/c8", metric, "echo"]["value"] > 0
         assert rows[f"shell/echo/{way}/10rows/c8", "requests_per_s", None]["ratio"] is None
+    opened = rows["shell/nats/10rows/c8/open50", "requests_per_s", None]
+    assert opened["value"] < rows["shell/nats/10rows/c8", "requests_per_s", "echo"]["value"]
     assert set(found["rows"][0]) == {"case", "metric", "value", "unit", "baseline", "ratio"}
     assert "1 batcher" in found["notes"]["shell/http/10rows/c8"]
     assert "| `shell/http/10rows/c8`" in done.output
