@@ -22,6 +22,7 @@ from narsil_stream.bench.questions import WAYS, Question, WrongAnswer, asked
 from narsil_stream.bench.report import Report
 from narsil_stream.cli import cli
 from narsil_stream.kernels import noop
+from narsil_stream.kernels.backend import RaggedBatch
 from tests.support import PATIENCE_S
 
 ASK = Question("http", "/", {}, b"question")
@@ -237,8 +238,15 @@ def test_the_no_op_family_tells_rows_apart() -> None:
     with shell.workplace("shell") as (_, model, backend):
         assert isinstance(backend, noop.Noop)
         (one,) = asked(WAYS["http"], noop.load(model), 50, 1)
+        ragged = RaggedBatch(
+            np.zeros((3, 13), np.float32), np.array([1, 2, 512], np.int32), np.zeros((3, 26), np.int32)
+        )
+        ragged.lengths[0, 5], ragged.lengths[1, 0] = 2, 1
+        scores = np.empty(3, np.float32)
+        backend.run(ragged, scores)
     assert len(set(one.scores.tolist())) > 40
     assert ((one.scores >= 0) & (one.scores < 1)).all()
+    assert (scores * 1024).tolist() == [1, 512, 0]  # bags of 2, 1 and no ids
 
 
 def test_scores_may_differ_in_their_last_bits_and_nothing_else_may() -> None:
