@@ -6,6 +6,7 @@ import subprocess
 import sys
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
+from typing import Any
 
 from msgspec import Struct
 
@@ -14,7 +15,7 @@ class Row(Struct, frozen=True):
     """One figure. `ratio`: how many times better than `baseline`, more is better."""
 
     case: str
-    """forward/family/device/precision/rows[/variant]"""
+    """forward/family/device/precision/rows[/variant], shell[/server]/way/rows/connections ..."""
     metric: str
     value: float
     unit: str
@@ -27,7 +28,11 @@ class Report(Struct, frozen=True):
     """Device, versions, command and commit."""
     rows: list[Row]
     absent: dict[str, str]
-    """Families and baselines that this machine lacks, and why."""
+    """Families, baselines and peers that this machine lacks, and why."""
+    invalid: dict[str, str] = {}
+    """Cases whose figures do not count, and why."""
+    notes: dict[str, str] = {}
+    """What a case needs to be read rightly: placement, settings, "different protocol" ..."""
 
 
 class NoPlot(Exception):
@@ -72,6 +77,22 @@ def plot(report: Report, file: Path) -> None:
 
     Raises NoPlot: no matplotlib, or nothing to draw.
     """
+    ways: dict[str, list[tuple[int, float]]] = {}
+    for row in _throughput(report):
+        _, family, device, precision, rows, *variant = row.case.split("/")
+        ways.setdefault(" ".join([family, device, precision, *variant]), []).append((int(rows), row.value))
+    drawn = figure(len(ways), "family was measured at several batch sizes")
+    axes = drawn.subplots()
+    for name, points in ways.items():
+        axes.plot(*zip(*sorted(points), strict=True), marker="o", label=name)
+    axes.set(xscale="log", yscale="log", xlabel="rows in a batch", ylabel="M rows/s", title="Forward pass")
+    axes.grid(which="both", alpha=0.3)
+    axes.legend()
+    drawn.savefig(file)
+
+
+def figure(things: int, what: str) -> Any:
+    """An empty picture for so many things. Raises NoPlot: no matplotlib, or nothing to draw."""
     try:
         import matplotlib
     except ImportError as error:
@@ -80,20 +101,9 @@ def plot(report: Report, file: Path) -> None:
     matplotlib.rcParams["svg.fonttype"] = "none"  # text stays text: small, searchable
     from matplotlib.figure import Figure
 
-    ways: dict[str, list[tuple[int, float]]] = {}
-    for row in _throughput(report):
-        _, family, device, precision, rows, *variant = row.case.split("/")
-        ways.setdefault(" ".join([family, device, precision, *variant]), []).append((int(rows), row.value))
-    if not ways:
-        raise NoPlot("nothing to draw: no family was measured at several batch sizes")
-    figure = Figure(figsize=(8, 5), layout="constrained")
-    axes = figure.subplots()
-    for name, points in ways.items():
-        axes.plot(*zip(*sorted(points), strict=True), marker="o", label=name)
-    axes.set(xscale="log", yscale="log", xlabel="rows in a batch", ylabel="M rows/s", title="Forward pass")
-    axes.grid(which="both", alpha=0.3)
-    axes.legend()
-    figure.savefig(file)
+    if not things:
+        raise NoPlot(f"nothing to draw: no {what}")
+    return Figure(figsize=(8, max(5, 0.3 * things)), layout="constrained")
 
 
 def _throughput(report: Report) -> list[Row]:

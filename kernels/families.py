@@ -16,6 +16,8 @@ from narsil_stream.schemas.model import DcnV2, ModelSpec
 log = logging.getLogger(__name__)
 
 FAMILIES = ("native", "torch", "reference")
+NOOP = "noop"
+"""Computes nothing: for benchmarks of the pipeline alone, never chosen by itself."""
 PRECISIONS = ("fp32", "bf16", "fp16", "int8")
 SMALL_MACS = 200_000
 """Multiply-adds for a row below which NumPy beats torch's calls at the batch sizes of a CPU: docs/decisions.md."""
@@ -39,7 +41,7 @@ def choose(backend: str, precision: str, spec: ModelSpec) -> Choice:
     int8 asks for INT8 rows, with the fastest arithmetic of the family that stays within 2e-3 of the reference on them:
     fp16 on a GPU, fp32 on a CPU. Raises Unfit.
     """
-    if backend not in ("auto", *FAMILIES):
+    if backend not in ("auto", NOOP, *FAMILIES):
         raise Unfit(f"no backend is called {backend!r}; there are: auto, {', '.join(FAMILIES)}")
     if precision not in ("auto", *PRECISIONS):
         raise Unfit(f"no precision is called {precision!r}; there are: auto, {', '.join(PRECISIONS)}")
@@ -129,7 +131,13 @@ def _reference(precision: str, reason: str) -> Choice:
     return Choice("reference", reference.load, reason)
 
 
-_BUILD = {"native": _native, "torch": _torch, "reference": _reference}
+def _noop(precision: str, reason: str) -> Choice:
+    from narsil_stream.kernels import noop
+
+    return Choice(NOOP, noop.load, f"{reason}: scores mean nothing, for benchmarks only")
+
+
+_BUILD = {"native": _native, "torch": _torch, "reference": _reference, NOOP: _noop}
 
 
 def _explained(family: str, load: Callable[[Path], Backend]) -> Loader:

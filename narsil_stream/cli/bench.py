@@ -4,15 +4,21 @@ from pathlib import Path
 
 import rich_click as click
 
+from narsil_stream.cli import bench_serving
+
 _file = click.Path(path_type=Path, dir_okay=False)
 
 
 @click.group(context_settings={"help_option_names": ["-h", "--help"]})
 def bench() -> None:
-    """Measure how fast this machine computes, and compare.
+    """Measure how fast this machine computes and serves, and compare.
 
-    Example: narsil bench forward --json forward.json
+    Example: narsil bench forward --json forward.json; narsil bench shell --quick
     """
+
+
+for _command in bench_serving.COMMANDS:
+    bench.add_command(_command)
 
 
 @bench.command()

@@ -15,7 +15,7 @@ from narsil_stream.core.config.access import AccessConfig
 
 Mode = Literal["batch", "worker", "inline"]
 ModelControl = Literal["none", "explicit"]
-BackendName = Literal["auto", "native", "torch", "reference"]
+BackendName = Literal["auto", "native", "torch", "reference", "noop"]
 PrecisionName = Literal["auto", "fp32", "bf16", "fp16", "int8"]
 LogLevel = Literal["debug", "info", "warning", "error"]
 LogFormat = Literal["text", "json"]
@@ -434,7 +434,7 @@ class Config(Struct, frozen=True, forbid_unknown_fields=True):
         Meta(
             description="What computes the scores. auto: native on a GPU with CuPy, else torch where its locked "
             "versions are installed and pay off, else reference; native: our CUDA kernels; torch: FBGEMM's "
-            "operators, as TorchRec; reference: NumPy."
+            "operators, as TorchRec; reference: NumPy; noop: scores that mean nothing, for benchmarks only."
         ),
     ] = "auto"
     precision: Annotated[
