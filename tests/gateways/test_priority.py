@@ -55,4 +55,6 @@ def test_what_is_urgent_overtakes_what_waits(nats_server: NatsServer, criteo_mod
                     waiting += count
                     until(lambda rows=waiting: gauge("narsil_queue_rows") == rows, f"{waiting} rows wait")
             assert all(future.result(20) for future in asked)
-    assert list(dict.fromkeys(gate.rows)) == [1, 2, 5, 3, 4]  # a batch may come twice: it stood there for long
+    came = list(dict.fromkeys(gate.rows))  # a batch may come twice: it stood there for long
+    assert came[:3] == [1, 2, 5]
+    assert set(came[3:]) == {3, 4}  # those two go by their deadlines, which lie within a moment
