@@ -36,8 +36,8 @@ setup: .venv/.complete ## Make .venv, with the tools, torch and TorchRec for CPU
 serve: $(SERVE_VENV)/.complete ## Run the whole pipeline here; needs no GPU and no torch (options: make serve ARGS='--http-port 9000')
 	@exec $(SERVE_VENV)/bin/narsil serve $(ARGS)
 
-test: setup ## Run the tests (options: make test ARGS='-k batch')
-	@.venv/bin/python -m pytest $(ARGS)
+test: setup ## Run the tests, two at a time (options: make test ARGS='-k batch'; one at a time: ARGS='-n 0')
+	@.venv/bin/python -m pytest -n 2 --dist loadfile $(ARGS)
 
 fuzz: setup ## Fuzz every decoder, FUZZ_SECONDS=60 each (options: make fuzz ARGS=http)
 	@FUZZ_SECONDS=$(FUZZ_SECONDS) .venv/bin/python -m tests.fuzz $(ARGS)

@@ -5,7 +5,7 @@ Function scope: yours to break. `shared_*`: one for the whole run, for tests tha
 
 import os
 import socket
-from collections.abc import Iterator
+from collections.abc import Generator, Iterator
 from pathlib import Path
 
 import pytest
@@ -14,6 +14,14 @@ from narsil_stream.kernels.artifact import write
 from narsil_stream.kernels.init import criteo_spec, random_model
 from narsil_stream.kernels.init import demo_model as make_demo_model
 from tests.support import NatsServer, System
+
+
+@pytest.hookimpl(wrapper=True)
+def pytest_runtest_makereport() -> Generator[None, pytest.TestReport, pytest.TestReport]:
+    """What a test logged crosses to the process that prints it, which takes valid Unicode only."""
+    report = yield
+    report.sections = [(name, text.encode(errors="backslashreplace").decode()) for name, text in report.sections]
+    return report
 
 
 @pytest.fixture

@@ -184,6 +184,8 @@ def test_sigterm_under_load_loses_no_request(
         while ready(free_port):
             try:
                 answer = ask_http(free_port, "POST", INFER, infer_json(rows.part(row)))
+                if answer.status == 503:  # it was slow between asking whether it is ready and this: not accepted
+                    return
                 right = answer.status == 200 and abs(json_scores(answer.json)[0] - rows.scores[row]) < 1e-6
                 ended.append("right" if right else str(answer))
             except OSError as error:
