@@ -9,6 +9,8 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
+import pytest
+
 from narsil_stream.core.client import BlockingClient
 from tests.asking import some_rows
 from tests.support import NatsServer, System, invoke, narsil, until
@@ -56,7 +58,7 @@ def test_scripts_get_a_line_of_json_each_second_with_the_rates_of_now(shared_sys
                 if row.get("rows_per_s"):
                     break
             top.send_signal(signal.SIGINT)
-    assert row["rows_per_s"] == 10 * row["requests_per_s"] > 0
+    assert row["rows_per_s"] == pytest.approx(10 * row["requests_per_s"], rel=0.2)  # some are under way
     assert 0 < row["p50_ms"] <= row["p99_ms"]
     assert row["slots"] >= 1 and row["failed_per_s"] == 0
     assert top.returncode == 0
