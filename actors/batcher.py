@@ -69,6 +69,7 @@ Message = Bundle | Cancel | Result | Grant | ExecutorBeat | Described | Publishe
 
 class Batcher(Actor[Message]):
     kind = "batcher"
+    tunable = True
 
     def __init__(self, config: Config, bus: Bus) -> None:
         super().__init__(MAILBOX)
@@ -157,6 +158,12 @@ class Batcher(Actor[Message]):
         heard = (*own, subjects.EXECUTOR_BEAT, subjects.HELLO)
         await self._leave_public()
         await asyncio.gather(*(self._bus.unsubscribe(subject, owner=self) for subject in heard))
+
+    def tune(self, config: Config) -> None:
+        self._config = config
+        self.policy.rules = rules(config, self._bus.max_payload - BATCH_HEADER)
+        self._reception.limits = config.batch
+        self.mailbox.put_urgent(Hello())
 
     def endpoints(self) -> list[EndpointStats]:
         return [self._stats]

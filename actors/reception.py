@@ -53,7 +53,7 @@ class Reception:
     """Makes tickets of requests."""
 
     def __init__(self, limits: BatchConfig, catalogue: Catalogue, policy: Scheduler, metrics: BatcherMetrics) -> None:
-        self._limits = limits
+        self.limits = limits
         self._catalogue = catalogue
         self._policy = policy
         self._metrics = metrics
@@ -61,7 +61,7 @@ class Reception:
 
     def ticket(self, caller: Caller, model: str, version: str, request: InferRequest, held: int) -> Ticket:
         """`held`: bytes of the message that views of its tensors keep in memory. Raises `Refused`."""
-        limits = self._limits
+        limits = self.limits
         now = now_us()
         budget_us = min(request.budget_us or limits.default_budget_us, limits.max_budget_us)
         self._refuse_stale(request, budget_us)
@@ -83,7 +83,7 @@ class Reception:
         age_us = unix_us() - request.sent_us
         if age_us < 0:
             self._metrics.early.inc()
-        refuse_stale(age_us, budget_us, self._limits.stale_grace_us)
+        refuse_stale(age_us, budget_us, self.limits.stale_grace_us)
 
 
 def refuse_stale(age_us: int, budget_us: int, grace_us: int) -> None:

@@ -44,6 +44,7 @@ class GrpcGateway(Actor[None]):
     """One process's share of the gRPC port. There may be one event loop with gRPC in a process."""
 
     kind = "gateway"
+    tunable = True
 
     def __init__(self, config: Config, bus: Bus, share_port: bool = False) -> None:
         super().__init__(1)
@@ -110,6 +111,9 @@ class GrpcGateway(Actor[None]):
 
     def receive(self, message: None) -> None:
         """Requests do not pass through the mailbox: each is a task of the gRPC server."""
+
+    def tune(self, config: Config) -> None:
+        self._inference.tune(config)
 
     def detail(self) -> str:
         models = ", ".join(f"{ref.name} {ref.version}" for ref in self._inference.models()) or "no model"

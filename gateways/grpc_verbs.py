@@ -26,7 +26,6 @@ class Verbs:
 
     def __init__(self, config: Config, inference: Inference) -> None:
         self._inference = inference
-        self._default_us = config.batch.default_budget_us
         self._most_bytes = max(OPEN_BYTES, config.grpc.max_message_bytes)
         self._open_bytes = 0
         self.open = 0
@@ -42,7 +41,7 @@ class Verbs:
                 return await self._inference.ask("", "", lambda: _refuse(call))
 
             async def read() -> InferRequest:
-                return to_request(call, left_s, self._default_us)
+                return to_request(call, left_s, self._inference.default_budget_us)
 
             answer = await self._inference.ask(call.model_name, call.model_version, read)
             if answer.fault and not answer.id:  # it was refused before it had been decoded

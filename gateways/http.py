@@ -38,6 +38,7 @@ class HttpGateway(Actor[None]):
     """One process's share of the HTTP port."""
 
     kind = "gateway"
+    tunable = True
 
     def __init__(self, config: Config, bus: Bus, share_port: bool = False) -> None:
         super().__init__(1)
@@ -115,6 +116,9 @@ class HttpGateway(Actor[None]):
 
     def receive(self, message: None) -> None:
         """Requests do not pass through the mailbox: each is a task of the HTTP server."""
+
+    def tune(self, config: Config) -> None:
+        self._inference.tune(config)
 
     def detail(self) -> str:
         models = ", ".join(f"{ref.name} {ref.version}" for ref in self._inference.models()) or "no model"

@@ -85,6 +85,15 @@ class Inference:
                     await asyncio.sleep(QUIET_S)
                     quiet = quiet + 1 if self._asked == seen else 0
 
+    def tune(self, config: Config) -> None:
+        self._config = config
+        self._requester.tune(config)
+
+    @property
+    def default_budget_us(self) -> int:
+        """Of a request that names none."""
+        return self._config.batch.default_budget_us
+
     # Scores
 
     async def ask(self, model: str, version: str, read: Read) -> InferAnswer:

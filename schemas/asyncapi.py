@@ -8,6 +8,7 @@ import json
 import struct
 from typing import Any, NamedTuple, get_args
 
+import msgspec
 from msgspec import Struct
 
 from narsil_stream.schemas import codec, subjects
@@ -27,6 +28,8 @@ from narsil_stream.schemas.internal import (
     ToBatcher,
     ToExecutor,
     ToRepository,
+    Tune,
+    Tuned,
 )
 from narsil_stream.schemas.model import NAME
 from narsil_stream.schemas.oip import StatisticsReport
@@ -82,6 +85,7 @@ ERROR = InferAnswer(
     fault=Fault.INVALID_ARGUMENT.name,
     detail="input 'sparse' [0, 1] is 30; expected an id from 0 to 29 (table 't1')",
 )
+TUNE = Tune({"batch.linger_us": 200}, ("batch.queue_rows",))
 ERROR_HEADERS: Schema = {
     "type": "object",
     "description": "NATS's own service error headers. They come with every error, in either spelling.",
@@ -123,6 +127,8 @@ def _messages() -> dict[str, Said]:
         public
         | internal
         | {
+            "tune": Said(Tune, JSON, "Change live settings, or look at them", _json(TUNE, msgspec.json.encode(TUNE))),
+            "tuned": Said(Tuned, JSON, "What is in force in one process"),
             "modelCards": Said(ModelCard, JSON, "A list of the models that an actor knows"),
             "statistics": Said(StatisticsReport, JSON, "What a batcher has counted for each version of a model"),
             "empty": Said(None, "application/octet-stream", "Nothing but the subject"),
@@ -197,6 +203,12 @@ def _channels() -> dict[str, Schema]:
             subjects.admin("{actor}"), "Internal, for administrators. Changes what one executor serves.", _name(Control)
         ),
         "done": _channel(f"{subjects.INBOX}.{{process}}", "Internal. An executor's answers to a gateway.", _name(Done)),
+        "tune": _channel(
+            subjects.TUNE, "For administrators. Changes live settings of all batchers and gateways.",
+            "tune",
+        ),
+        "look": _channel(subjects.TUNED, "Internal. Which changes are in force? Any process may answer.", "empty"),
+        "tuned": _channel(None, "The reply subject of `tune`, and of `look`.", "tuned"),
         "batcherBeat": _channel(subjects.BATCHER_BEAT, "Internal. Batchers that are alive.", _name(BatcherBeat)),
         "executorBeat": _channel(subjects.EXECUTOR_BEAT, "Internal. Executors that are alive.", _name(ExecutorBeat)),
         "hello": _channel(subjects.HELLO, "Internal. Who starts asks all others for a beat.", "empty"),
@@ -234,6 +246,8 @@ def _operations() -> dict[str, Schema]:
         "look": _operation("receive", "repository", "An executor says what is in its model repository."),
         "control": _operation("receive", "admin", "An executor loads or unloads a model."),
         "done": _operation("send", "done", "An executor has done what it was asked for."),
+        "tune": _operation("receive", "tune", "Batchers and gateways change live settings, and say so.", "tuned"),
+        "tuned": _operation("receive", "look", "A batcher or gateway says what is in force.", "tuned"),
         "statistics": _operation("receive", "statistics", "A batcher says what it has counted.", "counted"),
         "report": _operation("send", "report", "A process reports to `narsil serve`."),
     }

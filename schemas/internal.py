@@ -199,6 +199,34 @@ class Done(Struct, array_like=True, frozen=True, gc=False, tag=13):
     entries: tuple[RepositoryEntry, ...] = ()
 
 
+class Tune(Struct, frozen=True, forbid_unknown_fields=True, omit_defaults=True):
+    """Administrator -> all processes with batchers or gateways, in JSON: change live settings. Empty: look at them.
+
+    Any NATS client may send it: `nats req narsil.v1.tune '{"set": {"batch.linger_us": 200}}' --replies=0`.
+    """
+
+    set: dict[str, str | int | float | bool] = {}
+    """By key, as in the documentation of settings."""
+    reset: tuple[str, ...] = ()
+    """Keys that go back to what was configured; "all"."""
+    at_us: int = 0
+    """When it was sent, Unix µs: later ones win. 0: now."""
+
+
+class Tuned(Struct, frozen=True):
+    """The answer of one process, in JSON."""
+
+    actors: tuple[str, ...]
+    values: dict[str, str | int | float | bool]
+    """Of all live settings, as they are now."""
+    set: dict[str, str | int | float | bool]
+    """Of those that differ from what was configured, the value."""
+    at_us: int
+    """When the newest change that is in force was sent, Unix µs; 0: there was none."""
+    fault: str = ""
+    detail: str = ""
+
+
 Asking = Bundle | Cancel
 ToBatcher = Result | Grant
 ToExecutor = Batch | Demand

@@ -14,6 +14,12 @@ HELLO = "narsil.v1.hello"
 REPORT = "narsil.v1.report"
 """Each process reports its state and metrics here; `narsil serve` listens."""
 
+TUNE = "narsil.v1.tune"
+"""What changes limits of all that run: each process with batchers or gateways answers. For administrators only."""
+
+TUNED = "narsil.v1.tuned"
+"""Request/reply: which changes are in force? Whoever starts asks those that run."""
+
 ADMIN = "narsil.v1.admin"
 """Below it: what changes which models are served. Only gateways and administrators may publish there."""
 

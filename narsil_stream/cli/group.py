@@ -29,6 +29,8 @@ COMMANDS = (
     Entry("Use", "score", "narsil_stream.cli.score:score", "Score rows of a file."),
     Entry("Use", "request", "narsil_stream.cli.request:request", "Send one request and print the answer."),
     Entry("Use", "client-example", "narsil_stream.cli.client_example:client_example", "Print a client to start from."),
+    Entry("Use", "top", "narsil_stream.cli.top:top", "Watch the actors of a running system."),
+    Entry("Use", "tune", "narsil_stream.cli.tune:tune", "Change limits of a running system."),
     Entry("Use", "token", "narsil_stream.cli.token:token", "Make a bearer token for the gateways."),
     Entry("Use", "bench", "narsil_stream.cli.bench:bench", "Measure how fast this machine computes."),
     Entry("Use", "simulate", "narsil_stream.cli.simulate:simulate", "Try the scheduler against seeded faults."),

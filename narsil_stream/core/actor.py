@@ -11,6 +11,8 @@ from typing import ClassVar, Generic, TypeVar
 from nats.micro.service import EndpointStats
 from prometheus_client import CollectorRegistry
 
+from narsil_stream.core.config import Config
+
 M = TypeVar("M")
 
 
@@ -91,6 +93,8 @@ class Actor(ABC, Generic[M]):
     """
 
     kind: ClassVar[str]
+    tunable: ClassVar[bool] = False
+    """Whether it has live settings."""
 
     def __init__(self, capacity: int, name: str = "") -> None:
         self.name = name or new_id(self.kind)
@@ -113,6 +117,9 @@ class Actor(ABC, Generic[M]):
 
     async def stop(self) -> None:
         """Called once, whatever happened before, also after a crash."""
+
+    def tune(self, config: Config) -> None:
+        """Go on with other values of the live settings. Between two turns."""
 
     def endpoints(self) -> list[EndpointStats]:
         """For NATS's service API."""

@@ -52,8 +52,9 @@ GATEWAY = Permissions(
         subjects.admin(ANY),
         subjects.HELLO,
         subjects.REPORT,
+        subjects.TUNED,
     ),
-    (subjects.BATCHER_BEAT, subjects.EXECUTOR_BEAT, *_service("gateway")),
+    (subjects.BATCHER_BEAT, subjects.EXECUTOR_BEAT, subjects.TUNE, subjects.TUNED, *_service("gateway")),
     responses=True,
 )
 BATCHER = Permissions(
@@ -63,6 +64,7 @@ BATCHER = Permissions(
         subjects.BATCHER_BEAT,
         subjects.HELLO,
         subjects.REPORT,
+        subjects.TUNED,
         f"{subjects.INBOX}.>",  # instead of `responses`: the server would remember the reply subject of each request
     ),
     (
@@ -73,6 +75,8 @@ BATCHER = Permissions(
         subjects.statistics(ANY),
         subjects.EXECUTOR_BEAT,
         subjects.HELLO,
+        subjects.TUNE,
+        subjects.TUNED,
         *_service("batcher"),
     ),
 )
@@ -101,6 +105,7 @@ SERVE = GATEWAY | BATCHER | EXECUTOR | CLIENT | Permissions((), (subjects.REPORT
 ADMIN = Permissions(
     (
         subjects.admin(ANY),
+        subjects.TUNE,
         subjects.repository(ANY),
         subjects.statistics(ANY),
         subjects.describe(ANY),

@@ -156,6 +156,10 @@ class Requester:
             log.warning("%s is left out of the statistics: %s", batcher, error)
             return None
 
+    def tune(self, config: Config) -> None:
+        """Go on with other limits."""
+        self._limits = config.batch
+
     # Asking
 
     async def ask(self, model: str, version: str, request: InferRequest) -> InferAnswer:

@@ -17,6 +17,7 @@ from narsil_stream.core.bus import Bus
 from narsil_stream.core.config import Config
 from narsil_stream.core.service import ServiceApi
 from narsil_stream.core.telemetry import Telemetry, gauges, settle_gc, text
+from narsil_stream.core.tuning import Tuning
 from narsil_stream.schemas import subjects
 from narsil_stream.schemas.internal import Report
 
@@ -56,6 +57,7 @@ class Runtime:
         self.telemetry = Telemetry()
         gauges(self.telemetry.registry, narsil_bus_dropped=("Messages lost at this end", lambda: self.bus.dropped))
         self.actors: list[Actor[Any]] = []
+        self.tuning = Tuning(self.bus, config, lambda: self.actors)
         self._tasks: asyncio.TaskGroup = asyncio.TaskGroup()
         self._running: dict[str, asyncio.Task[None]] = {}
         self._stop = asyncio.Event()
@@ -78,6 +80,7 @@ class Runtime:
         with contextlib.suppress(asyncio.CancelledError):
             await self._tasks.__aexit__(None, None, None)
         self.telemetry.stop()
+        await self.tuning.stop()
         await self.bus.flush()
         await self.bus.close()
 
@@ -86,9 +89,12 @@ class Runtime:
         actor = build()
         await actor.start()
         actor.state = "up"
+        actor.tune(self.tuning.config)
         self.actors.append(actor)
         self._running[actor.name] = self._tasks.create_task(self._supervise(actor, build), name=actor.name)
         await asyncio.sleep(0)  # a task that is cancelled before its first step would not stop its actor
+        if actor.tunable:
+            await self.tuning.start()
         log.info("%s is ready", actor.name)
         return actor
 
@@ -195,6 +201,7 @@ class Runtime:
 
     def _replace(self, old: Actor[Any], new: Actor[Any]) -> None:
         old.state, new.state = "stopped", "up"
+        new.tune(self.tuning.config)
         self.actors[self.actors.index(old)] = new
         self._running[new.name] = self._running.pop(old.name)
         self._gone.append(Report(old.kind, old.name, os.getpid(), old.state, "", "", self.token))

@@ -238,6 +238,13 @@ def test_one_producer_cannot_read_or_forge_the_answers_of_another(broker: Broker
     assert denied(broker, "mallory", inbox, "publish")
 
 
+def test_limits_are_changed_by_administrators_alone(broker: Broker):
+    """A gateway that was broken into must not open the queues of all the others."""
+    assert not denied(broker, "admin", subjects.TUNE, "publish")
+    for role in ("gateway", "batcher", "executor", "serve", "client", "producer"):
+        assert denied(broker, role, subjects.TUNE, "publish")
+
+
 def test_an_executor_answers_where_it_was_asked_and_nowhere_else(broker: Broker):
     """It may answer whoever wants its description, but not send scores past the batcher."""
 

@@ -11,7 +11,7 @@ from narsil_stream.core.config.schema import (
     NatsConfig,
     TimingConfig,
 )
-from narsil_stream.core.config.sources import ConfigError, Loaded, check_doors, child_environ, load, to_environ
+from narsil_stream.core.config.sources import ConfigError, Loaded, changed, check_doors, child_environ, load, to_environ
 
 __all__ = [
     "AccessConfig",
@@ -25,6 +25,7 @@ __all__ = [
     "MetricsConfig",
     "NatsConfig",
     "TimingConfig",
+    "changed",
     "check_doors",
     "child_environ",
     "load",

@@ -11,6 +11,8 @@ PRECEDENCE = """\
 A flag wins over a variable, a variable over the TOML file (`--config FILE` or `NARSIL_CONFIG`), the file over the
 default. An empty variable counts as not set. What is unknown or out of range is refused at start, with the nearest
 known name. `narsil config` shows the effective values and where each came from.
+
+What is marked *live* can be changed while the system runs: `narsil tune KEY=VALUE` (docs/scheduling.md).
 """
 
 
@@ -66,7 +68,8 @@ def _public(setting: Setting, loaded: Loaded) -> object:
 
 def _docs_row(setting: Setting) -> str:
     names = (setting.key, setting.flag, setting.variable, setting.shown_default or '""')
-    cells = [f"`{name}`" for name in names] + [setting.meaning.replace("|", "\\|")]
+    meaning = setting.meaning.replace("|", "\\|") + " *live*" * setting.live
+    cells = [f"`{name}`" for name in names] + [meaning]
     return f"| {' | '.join(cells)} |"
 
 

@@ -28,6 +28,8 @@ Processes = Annotated[int, Meta(ge=0, le=256)]
 MIB = 1024 * 1024
 PATH = {"path": True}
 SECRET = {"secret": True}
+LIVE = {"live": True}
+"""May change while an actor runs: `narsil tune`."""
 
 
 def default_data_dir(environ: Mapping[str, str]) -> str:
@@ -229,6 +231,7 @@ class BatchConfig(Struct, frozen=True, forbid_unknown_fields=True):
             ge=1,
             le=65_536,
             description="Most rows in one batch. Larger: more throughput, longer tail latency, more memory.",
+            extra=LIVE,
         ),
     ] = 4096
     max_request_rows: Annotated[
@@ -238,6 +241,7 @@ class BatchConfig(Struct, frozen=True, forbid_unknown_fields=True):
             le=1_048_576,
             description="Most rows in one request to a gateway; above it the answer is 413. What is more than a batch "
             "or a message holds is split, and its scores are joined. Larger: one caller can hold up the others.",
+            extra=LIVE,
         ),
     ] = 65_536
     queue_rows: Annotated[
@@ -247,6 +251,7 @@ class BatchConfig(Struct, frozen=True, forbid_unknown_fields=True):
             le=16_777_216,
             description="Most rows waiting in one batcher; above it requests are refused as OVERLOADED. Larger: "
             "longer waits before a refusal.",
+            extra=LIVE,
         ),
     ] = 65_536
     queue_bytes: Annotated[
@@ -256,6 +261,7 @@ class BatchConfig(Struct, frozen=True, forbid_unknown_fields=True):
             le=16 * 1024 * MIB,
             description="Most bytes waiting in one batcher; above it requests are refused as OVERLOADED. Larger: "
             "more memory.",
+            extra=LIVE,
         ),
     ] = 64 * MIB
     linger_us: Annotated[
@@ -265,6 +271,7 @@ class BatchConfig(Struct, frozen=True, forbid_unknown_fields=True):
             le=1_000_000,
             description="How long a request waits for company although an executor is free, µs. 0: never. Larger: "
             "fuller batches, later answers.",
+            extra=LIVE,
         ),
     ] = 0
     default_budget_us: Annotated[
@@ -274,6 +281,7 @@ class BatchConfig(Struct, frozen=True, forbid_unknown_fields=True):
             le=600_000_000,
             description="Time budget of a request that names none, µs. Larger: under overload, answers come late "
             "rather than as refusals.",
+            extra=LIVE,
         ),
     ] = 1_000_000
     max_budget_us: Annotated[
@@ -283,6 +291,7 @@ class BatchConfig(Struct, frozen=True, forbid_unknown_fields=True):
             le=600_000_000,
             description="Longest time budget that a request may ask for, µs; a longer one is cut to it. Larger: "
             "requests may hold memory for longer.",
+            extra=LIVE,
         ),
     ] = 60_000_000
     stale_grace_us: Annotated[
@@ -292,6 +301,7 @@ class BatchConfig(Struct, frozen=True, forbid_unknown_fields=True):
             le=600_000_000,
             description="A request older than its budget plus this, by the sender's clock, is dropped unread, µs. "
             "0: never. Larger: more work for callers who have left; smaller: clocks must agree better.",
+            extra=LIVE,
         ),
     ] = 2_000_000
 

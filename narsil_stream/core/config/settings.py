@@ -47,6 +47,11 @@ class Setting(Struct, frozen=True):
         return bool(self.extra.get("path"))
 
     @property
+    def live(self) -> bool:
+        """Whether it may change while an actor runs."""
+        return bool(self.extra.get("live"))
+
+    @property
     def shown_default(self) -> str:
         """For people, the same on every machine."""
         default = self.extra.get("default", self.default)

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import msgspec
-from msgspec import Struct
+from msgspec import Struct, structs
 
 from narsil_stream.core.config.doors import open_doors
 from narsil_stream.core.config.rules import Broken, broken
@@ -82,6 +82,30 @@ def load(file: Path | None, environ: Mapping[str, str], flags: Mapping[str, obje
     loaded = Loaded(_built(values), {key: given.source for key, given in found.given.items()})
     _refuse(loaded, broken(loaded.config))
     return loaded
+
+
+def changed(base: Config, changes: Mapping[str, object], source: str) -> Config:
+    """`base` with other values of live settings, text or their own types. Raises `ConfigError`, with all reasons."""
+    found = _Found()
+    for key, value in changes.items():
+        setting = settings().get(key)
+        if setting is None:
+            found.unknown(key, source, settings())
+        elif not setting.live:
+            live = ", ".join(setting.key for setting in settings().values() if setting.live)
+            found.problems.append(f"{key} ({source}) does not change while actors run; these do: {live}")
+        else:
+            found.given[key] = _Given(value, source, strict=not isinstance(value, str))
+    converted = dict(_converted(found, Path()))
+    if found.problems:
+        raise ConfigError("\n".join(found.problems))
+    config = base
+    for key, value in converted.items():
+        section = getattr(config, settings()[key].section)
+        part = structs.replace(section, **{settings()[key].name: value})
+        config = structs.replace(config, **{settings()[key].section: part})
+    _refuse(Loaded(config, dict.fromkeys(changes, source)), broken(config))
+    return config
 
 
 def check_doors(loaded: Loaded, *doors: str) -> None:
