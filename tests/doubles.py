@@ -13,6 +13,7 @@ from numpy.typing import NDArray
 from narsil_stream.kernels import reference
 from narsil_stream.kernels.artifact import read
 from narsil_stream.kernels.backend import Backend, BackendInfo, RaggedBatch
+from narsil_stream.schemas.compute import Capabilities
 from narsil_stream.schemas.model import ModelSpec
 from tests.support import PATIENCE_S
 
@@ -63,8 +64,19 @@ class GatedBackend:
     def info(self) -> BackendInfo:
         return self._inner.info
 
+    @property
+    def capabilities(self) -> Capabilities:
+        return self._inner.capabilities
+
+    @property
+    def unprepared(self) -> int:
+        return self._inner.unprepared
+
     def warm_up(self, max_rows: int) -> None:
         self._inner.warm_up(max_rows)
+
+    def empty(self, rows: int) -> NDArray[np.float32]:
+        return self._inner.empty(rows)
 
     def run(self, batch: RaggedBatch, scores: NDArray[np.float32]) -> None:
         self._gate.enter(batch.rows)

@@ -10,7 +10,8 @@ import pytest
 
 from narsil_stream.kernels import families, native, torch_family
 from narsil_stream.kernels.artifact import write
-from narsil_stream.kernels.families import Unfit, choose
+from narsil_stream.kernels.backend import Unfit
+from narsil_stream.kernels.families import choose
 from narsil_stream.kernels.init import Cross, criteo_spec, random_batch, random_model
 from narsil_stream.kernels.reference import Reference, sigmoid
 from narsil_stream.kernels.torch_family.unit import UNITS

@@ -11,9 +11,9 @@ from msgspec.structs import replace
 
 from narsil_stream.kernels import native
 from narsil_stream.kernels.artifact import Artifact, write
-from narsil_stream.kernels.backend import RaggedBatch
+from narsil_stream.kernels.backend import IdOutOfRange, RaggedBatch
 from narsil_stream.kernels.init import Cross, criteo_spec, plain_spec, random_batch, random_model
-from narsil_stream.kernels.native.engine import Engine, IdOutOfRange, Options
+from narsil_stream.kernels.native.engine import Engine, Options
 from narsil_stream.kernels.quantize import quantize
 from narsil_stream.kernels.reference import Reference, sigmoid
 from narsil_stream.schemas.model import DcnV2, DlrmDot, ModelSpec, RowType, Table

@@ -12,13 +12,13 @@ from hypothesis import strategies as st
 
 from narsil_stream.kernels import torch_family
 from narsil_stream.kernels.artifact import Artifact, write
-from narsil_stream.kernels.backend import Backend, RaggedBatch
+from narsil_stream.kernels.backend import Backend, IdOutOfRange, RaggedBatch
+from narsil_stream.kernels.cutting import pieces
 from narsil_stream.kernels.init import criteo_spec, random_batch, random_model
-from narsil_stream.kernels.native.layout import pieces
 from narsil_stream.kernels.quantize import quantize
 from narsil_stream.kernels.reference import Reference, sigmoid
 from narsil_stream.kernels.torch_family import unit
-from narsil_stream.kernels.torch_family.packing import IdOutOfRange, Packing
+from narsil_stream.kernels.torch_family.packing import Packing
 from narsil_stream.schemas.model import DlrmDot, ModelSpec, Table
 from tests.kernels.conftest import small_spec
 
