@@ -125,7 +125,7 @@ class Repository:
 
     def plain(self, error: Exception) -> str:
         """For callers, who need not know where on this machine the files are."""
-        text = str(error)
+        text = error.told if isinstance(error, Unfit) else str(error)
         for folder in (self._folder, *(artifact.parent for artifact in self._models)):
             if folder is not None:
                 text = text.replace(f"{folder}/", "")

@@ -34,6 +34,11 @@ class IdOutOfRange(ValueError):
 class Unfit(Exception):
     """A family, precision or model that cannot be had here: says what failed, where, and what to do next."""
 
+    def __init__(self, message: str, told: str = "") -> None:
+        """`told`: to callers, where a library's own words are in the message, which may name anything."""
+        super().__init__(message)
+        self.told = told or message
+
 
 class RaggedBatch(Struct, frozen=True, gc=False):
     """Rows of one or many requests, joined. Arrays are C order; they may be read-only views of a message.
@@ -138,7 +143,9 @@ def unfit(what: str, step: str, *errors: type[Exception]) -> Iterator[None]:
         raise
     except errors as error:
         traceback.clear_frames(error.__traceback__)
-        told = str(error).strip() or type(error).__name__
-        if isinstance(error, MemoryError) or "out of memory" in told.lower():
+        kind = type(error).__name__
+        why = str(error).strip() or kind
+        if isinstance(error, MemoryError) or "out of memory" in why.lower():
             step = _MORE_MEMORY
-        raise Unfit(f"{what}: {told}" + ("" if "Next:" in told else f". Next: {step}")) from error
+        message = f"{what}: {why}" + ("" if "Next:" in why else f". Next: {step}")
+        raise Unfit(message, f"{what}: {kind}. Next: {step}") from error

@@ -89,7 +89,7 @@ def interact(x: Floats) -> Floats:
 
     x [B, F+1, dim], row 0 the bottom MLP's output; out [B, dim + F(F+1)/2].
     """
-    products = (x @ x.transpose(0, 2, 1)).reshape(len(x), -1)
+    products = (x @ x.transpose(0, 2, 1)).reshape(len(x), x.shape[1] ** 2)
     return np.concatenate([x[:, 0], products.take(_pairs(x.shape[1]), axis=1)], axis=1)
 
 
@@ -98,7 +98,7 @@ def cross(x: Floats, layers: list[CrossLayer]) -> Floats:
 
     x [B, F+1, dim], row 0 the bottom MLP's output; out [B, (F+1) dim], the last x_l.
     """
-    first = x.reshape(len(x), -1)
+    first = x.reshape(len(x), x.shape[1] * x.shape[2])
     out = first
     for v, w, bias in layers:
         out = first * (out @ v.T @ w.T + bias) + out

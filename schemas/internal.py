@@ -31,6 +31,11 @@ class ModelCard(Struct, frozen=True):
     lanes: int = 1
     """Batches that are computed at the same time."""
     capabilities: Capabilities | None = None
+    """None: of an executor that does not tell yet."""
+
+    @property
+    def takes_bags(self) -> bool:
+        return self.capabilities is None or self.capabilities.multi_hot
 
 
 class Ask(Struct, array_like=True, frozen=True, gc=False):
