@@ -23,6 +23,7 @@ from narsil_stream.kernels.cutting import buckets, pieces
 from narsil_stream.kernels.native.choose import choose
 from narsil_stream.kernels.native.layout import Blob, pack, round_up
 from narsil_stream.kernels.native.plan import Inputs, Outputs
+from narsil_stream.kernels.native.slots import Pool
 from narsil_stream.kernels.native.source import load_module
 from narsil_stream.kernels.native.tables import upload
 
@@ -144,37 +145,6 @@ class Slot:
             kernel((-(-words // 256),), (256,), (int(self._pinned.ptr), self.device, np.int32(words)))
 
 
-class SlotPool:
-    """Slots that are free, for threads that each need one or several."""
-
-    def __init__(self, slots: list[Slot], lanes: int) -> None:
-        self._free = [slots[lane::lanes][::-1] for lane in range(lanes)]
-        self._used = [0] * lanes
-        self._waiting = 0
-        self._changed = threading.Condition()
-
-    def take(self, *, wait: bool) -> Slot | None:
-        """A free slot of the lane with the least to do. None: there is none, or others wait for it; never with `wait`.
-
-        Only who holds no slot may wait, so that those who do can go on.
-        """
-        with self._changed:
-            if not wait and sum(map(len, self._free)) <= self._waiting:
-                return None
-            self._waiting += 1
-            self._changed.wait_for(lambda: any(self._free))
-            self._waiting -= 1
-            lane = min((lane for lane, free in enumerate(self._free) if free), key=self._used.__getitem__)
-            self._used[lane] += 1
-            return self._free[lane].pop()
-
-    def give_back(self, slot: Slot) -> None:
-        with self._changed:
-            self._used[slot.lane] -= 1
-            self._free[slot.lane].append(slot)
-            self._changed.notify()
-
-
 class Engine:
     """One model on the current GPU."""
 
@@ -194,7 +164,7 @@ class Engine:
         self.lock = threading.Lock()
         """Held for `_last`, and while work is enqueued or graphs are captured; never while the device is waited for."""
         self.slots: list[Slot] = []
-        self._pool = SlotPool(self.slots, options.lanes)
+        self._pool = Pool(self.slots, options.lanes)
         self.recaptured = 0
         """Graphs captured because a live batch asked for them."""
         self.resize(options.max_rows)
@@ -212,7 +182,7 @@ class Engine:
         self._last = [None] * self.options.lanes
         count = self.options.slots or self.options.lanes + 1
         self.slots = [Slot(self, i, self._streams[i % len(self._streams)]) for i in range(count)]
-        self._pool = SlotPool(self.slots, self.options.lanes)
+        self._pool = Pool(self.slots, self.options.lanes)
         cupy.cuda.runtime.deviceSynchronize()  # uploads and zeros ran on the default stream
 
     def bucket(self, rows: int) -> int:
@@ -274,6 +244,11 @@ class Engine:
             raise IdOutOfRange(f"an id is outside table {self.spec.tables[table - 1].name}")
         return slot.scores
 
+    def cut(self, batch: RaggedBatch) -> list[RaggedBatch]:
+        """Into pieces that fit a slot."""
+        max_ids = self.options.max_rows * self.spec.n_sparse * _IDS_A_BAG
+        return pieces(batch, self.options.max_rows, max_ids) if batch.rows else []
+
     def run(self, batch: RaggedBatch, scores: Floats) -> None:
         """Score a batch of any size into `scores` [rows], in pieces that overlap. Raises IdOutOfRange."""
         flying: deque[tuple[Slot, int]] = deque()
@@ -290,9 +265,8 @@ class Engine:
                 self._pool.give_back(slot)
 
         start = 0
-        max_ids = self.options.max_rows * self.spec.n_sparse * _IDS_A_BAG
         try:
-            for piece in pieces(batch, self.options.max_rows, max_ids) if batch.rows else []:
+            for piece in self.cut(batch):
                 while (slot := self._pool.take(wait=not flying)) is None:
                     land()
                 try:

@@ -316,7 +316,8 @@ def test_an_artifact_is_served_through_the_backend_protocol(big: dict[RowType, A
     write(tmp_path / "model", big["INT8"])
     backend = native.load(tmp_path / "model")
     backend.warm_up(512)
-    assert (backend.info.name, backend.info.precision, backend.info.lanes) == ("native", "fp16", 3)
+    assert (backend.info.name, backend.info.precision, backend.info.lanes) == ("native", "fp16", native.LANES)
+    assert backend.capabilities.max_rows == 512
     for rows in (0, 1, 512, 1500):
         batch = random_batch(backend.spec, rows, seed=rows)
         scores = np.empty(rows, np.float32)
