@@ -139,7 +139,7 @@ class Catalogue:
             card = self._cards.get(ref.digest)
             if card is None:
                 return False
-            self._entries[key] = Entry(card, Admission(card.spec))
+            self._entries[key] = Entry(card, Admission(card.spec, card.takes_bags))
             log.info("serving model %s version %s", ref.name, ref.version)
         elif key not in self.withdrawn:
             return True

@@ -1,10 +1,12 @@
 """The executor: takes whole batches, computes them off the event loop, gives back one message each."""
 
 import asyncio
+import contextlib
 import logging
 import time
 from collections.abc import Iterator
-from concurrent.futures import Future, ThreadPoolExecutor
+from functools import partial
+from weakref import WeakKeyDictionary
 
 import msgspec
 import numpy as np
@@ -13,10 +15,11 @@ from nats.micro.service import EndpointStats
 from prometheus_client import Counter, Histogram
 
 from narsil_stream.actors.controls import Controls
+from narsil_stream.actors.lanes import Lanes, Work
 from narsil_stream.actors.leasing import Ledger
 from narsil_stream.actors.peers import Peers
 from narsil_stream.actors.queue import ModelKey
-from narsil_stream.actors.repository import Loader, Repository
+from narsil_stream.actors.repository import Loaded, Loader, Repository
 from narsil_stream.actors.shelf import Shelf
 from narsil_stream.core.actor import Actor, now_us
 from narsil_stream.core.bus import Bus
@@ -34,6 +37,7 @@ from narsil_stream.schemas.internal import (
     Result,
     ToExecutor,
 )
+from narsil_stream.schemas.model import ModelSpec
 
 log = logging.getLogger(__name__)
 
@@ -51,6 +55,7 @@ class Hello(Struct, frozen=True):
 class Computed(Struct, frozen=True):
     batch: Batch
     result: Result
+    model: Loaded
 
 
 Message = Batch | Demand | BatcherBeat | Computed | Hello
@@ -73,7 +78,9 @@ class Executor(Actor[Message]):
         self._beats: dict[str, BatcherBeat] = {}
         """The newest of each batcher."""
         self._ledger = Ledger(self.name, 1, config.timing.lease_ms * 1_000)
-        self._threads = ThreadPoolExecutor(1, thread_name_prefix=self.name)
+        self._lanes = Lanes(self.name)
+        self._unprepared: WeakKeyDictionary[Backend, int] = WeakKeyDictionary()
+        """Of each backend, as counted last."""
         self._beat_due_us = 0
         self._phase = "up"
         self._idle = asyncio.Event()
@@ -84,6 +91,11 @@ class Executor(Actor[Message]):
         self._batch_rows = Histogram("narsil_batch_rows", "Rows in a batch", buckets=ROWS, registry=registry)
         self._seconds = Histogram(
             "narsil_compute_seconds", "One forward pass, copies included", buckets=SECONDS, registry=registry
+        )
+        self._without_graph = Counter(
+            "narsil_batches_without_graph",
+            "Batches, or pieces of them, that needed what was not prepared at warm-up",
+            registry=registry,
         )
         gauges(
             registry,
@@ -98,6 +110,7 @@ class Executor(Actor[Message]):
         peers = await self._peers.look() if self._explicit else None
         await self._shelf.start(self._config.loaded_names if self._explicit else None, peers)
         self._ledger = Ledger(self.name, self._slots(), self._config.timing.lease_ms * 1_000)
+        self._lanes.widen(self._width())
         await self._bus.listen(subjects.executor(self.name), self._take, _decode, owner=self)
         await self._bus.listen(subjects.BATCHER_BEAT, self.mailbox.put_urgent, _decode_beat, owner=self)
         await self._bus.subscribe(subjects.HELLO, lambda _: self.mailbox.put_urgent(Hello()), owner=self)
@@ -112,10 +125,12 @@ class Executor(Actor[Message]):
         """Controls reach this executor from now on; what was done while it started, the others know."""
         await self._shelf.follow(await self._peers.look())
 
+    def _width(self) -> int:
+        """Batches that compute at once."""
+        return max((model.card.lanes for model in self._shelf.loaded()), default=1)
+
     def _slots(self) -> int:
-        """Batches that compute at once, and one more."""
-        lanes = min((model.backend.info.lanes for model in self._shelf.loaded()), default=1)
-        return self._config.executor.slots or lanes + 1
+        return self._config.executor.slots or self._width() + 1
 
     async def drain(self) -> None:
         """Void all leases, so that batches under way to here are turned away and go elsewhere; finish what is here."""
@@ -134,7 +149,7 @@ class Executor(Actor[Message]):
         await self._controls.stop()
         heard = (subjects.executor(self.name), subjects.BATCHER_BEAT, subjects.HELLO, subjects.describe(self.name))
         await asyncio.gather(*(self._bus.unsubscribe(subject, owner=self) for subject in heard))
-        await asyncio.to_thread(self._threads.shutdown, wait=True, cancel_futures=True)
+        await asyncio.to_thread(self._lanes.stop)
         await self._shelf.stop()
 
     def endpoints(self) -> list[EndpointStats]:
@@ -191,36 +206,35 @@ class Executor(Actor[Message]):
             self._turn_away(batch)
             return
         self._shelf.running[key] += 1
-        deadline_us = now_us() + batch.budget_us
-        future = self._threads.submit(self._compute, model.backend, batch, deadline_us)
-        loop = asyncio.get_running_loop()
+        compute = partial(self._compute, model, batch, now_us() + batch.budget_us, asyncio.get_running_loop())
+        self._lanes.put(Work(key, model.card.lanes, compute))
 
-        def hand_over(done: Future[Result]) -> None:
-            if not done.cancelled():
-                loop.call_soon_threadsafe(self.mailbox.put_urgent, Computed(batch, done.result()))
+    def _compute(self, model: Loaded, batch: Batch, deadline_us: int, loop: asyncio.AbstractEventLoop) -> None:
+        """In a thread. Never raises."""
+        computed = Computed(batch, self._result(model, batch, deadline_us), model)
+        with contextlib.suppress(RuntimeError):  # the event loop is closed: nobody waits for it
+            loop.call_soon_threadsafe(self.mailbox.put_urgent, computed)
 
-        future.add_done_callback(hand_over)
-
-    def _compute(self, backend: Backend, batch: Batch, deadline_us: int) -> Result:
-        """In the compute thread. Never raises."""
+    def _result(self, model: Loaded, batch: Batch, deadline_us: int) -> Result:
         if now_us() >= deadline_us:
             detail = "the budget ran out before the batch was computed"
             return Result(batch.batch, self.name, NOTHING, 0, Fault.DEADLINE_EXCEEDED.name, detail)
         started = time.perf_counter_ns()
         try:
-            scores = np.empty(batch.rows, np.float32)
-            backend.run(ragged(batch, backend), scores)
+            memory = model.scores.take(batch.rows)
+            model.backend.run(ragged(batch, model.backend.spec), memory[: batch.rows])
         except Exception:
             log.exception("a batch of %d rows failed", batch.rows)
             return Result(batch.batch, self.name, NOTHING, 0, Fault.INTERNAL.name, "the forward pass failed")
         service_us = max(1, (time.perf_counter_ns() - started) // 1_000)
-        return Result(batch.batch, self.name, scores.view(np.uint8).data, service_us)
+        return Result(batch.batch, self.name, model.scores.lend(memory, batch.rows), service_us)
 
     def _finish(self, computed: Computed) -> None:
         batch, result = computed.batch, computed.result
         self._ledger.finish(batch.slot)
         self._shelf.running[ModelKey(batch.model, batch.version, batch.digest)] -= 1
         self._batches.labels("failed" if result.fault else "computed").inc()
+        self._count_unprepared(computed.model.backend)
         if result.fault:
             self._stats.num_errors += 1
         else:
@@ -235,6 +249,11 @@ class Executor(Actor[Message]):
             else:
                 self._tell(batcher, grant)
         self._tell(batch.batcher, msgspec.structs.replace(result, grant=kept))
+
+    def _count_unprepared(self, backend: Backend) -> None:
+        found = backend.unprepared
+        self._without_graph.inc(found - self._unprepared.get(backend, 0))
+        self._unprepared[backend] = found
 
     def _turn_away(self, batch: Batch) -> None:
         self._batches.labels("turned away").inc()
@@ -257,6 +276,7 @@ class Executor(Actor[Message]):
     def _announce(self) -> None:
         """What is served has changed."""
         self._ledger.grow(self._slots())
+        self._lanes.widen(self._width())
         self._beat_due_us = 0
         self.mailbox.put_urgent(Hello())
 
@@ -282,9 +302,8 @@ class Executor(Actor[Message]):
         )
 
 
-def ragged(batch: Batch, backend: Backend) -> RaggedBatch:
+def ragged(batch: Batch, spec: ModelSpec) -> RaggedBatch:
     """Views of the message's bytes. Raises ValueError when they do not fit the model."""
-    spec = backend.spec
     dense = np.frombuffer(batch.dense, np.float32).reshape(batch.rows, spec.n_dense)
     ids = np.frombuffer(batch.ids, np.int32)
     if len(batch.lengths):

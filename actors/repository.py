@@ -10,9 +10,10 @@ from pathlib import Path
 
 from msgspec import Struct
 
+from narsil_stream.actors.score_memory import ScoreMemory
 from narsil_stream.core.versions import newness
 from narsil_stream.kernels.artifact import MODEL, WEIGHTS, ArtifactError, read_spec
-from narsil_stream.kernels.backend import Backend
+from narsil_stream.kernels.backend import PROTOCOL, Backend, Unfit, speaks
 from narsil_stream.schemas.internal import ModelCard, ModelRef
 from narsil_stream.schemas.model import NAME, ModelSpec
 
@@ -44,6 +45,14 @@ class Loaded(Struct, frozen=True):
     ref: ModelRef
     card: ModelCard
     backend: Backend
+    scores: ScoreMemory
+
+    def __str__(self) -> str:
+        """For logs."""
+        ref, card, most = self.ref, self.card, self.backend.capabilities.max_rows
+        at_once = "1 batch at a time" if card.lanes == 1 else f"{card.lanes} batches at once"
+        rows = f" of {most:,} rows" if most else ""
+        return f"{ref.name} version {ref.version} on {card.device} ({card.backend}, {card.precision}), {at_once}{rows}"
 
 
 class Listing(Struct, frozen=True):
@@ -116,7 +125,7 @@ class Repository:
 
     def plain(self, error: Exception) -> str:
         """For callers, who need not know where on this machine the files are."""
-        text = str(error)
+        text = error.told if isinstance(error, Unfit) else str(error)
         for folder in (self._folder, *(artifact.parent for artifact in self._models)):
             if folder is not None:
                 text = text.replace(f"{folder}/", "")
@@ -124,19 +133,22 @@ class Repository:
 
 
 def load(found: Found, loader: Loader, max_rows: int) -> Loaded:
-    """Read, check and warm up for batches of up to `max_rows` rows. Raises ArtifactError."""
+    """Read, check and warm up for batches of up to `max_rows` rows. Raises ArtifactError, Unfit."""
     of = _digest(found.folder)
     backend = loader(found.folder)
     try:
         spec, info = backend.spec, backend.info
+        if not speaks(version := backend.capabilities.protocol):
+            here = f"the {info.name} backend speaks version {version} of the protocol, this executor {PROTOCOL}"
+            raise Unfit(f"{here}. Next: install versions that belong together")
         if _digest(found.folder) != of or (spec.name, spec.version) != found.name:
             raise _changed(found.folder)
         backend.warm_up(max_rows)
     except BaseException:
         backend.unload()
         raise
-    card = ModelCard(of, spec, info.name, info.device, info.precision)
-    return Loaded(ModelRef(spec.name, spec.version, of), card, backend)
+    card = ModelCard(of, spec, info.name, info.device, info.precision, info.lanes, backend.capabilities)
+    return Loaded(ModelRef(spec.name, spec.version, of), card, backend, ScoreMemory(backend.empty, max_rows))
 
 
 def _digest(artifact: Path) -> str:

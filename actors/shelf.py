@@ -19,7 +19,7 @@ from narsil_stream.actors.queue import ModelKey
 from narsil_stream.actors.repository import Found, Loaded, Loader, Missing, Name, Repository, digest, load
 from narsil_stream.core.config import Config
 from narsil_stream.kernels.artifact import ArtifactError
-from narsil_stream.kernels.families import Unfit
+from narsil_stream.kernels.backend import Unfit
 from narsil_stream.schemas.errors import Fault, Refused
 from narsil_stream.schemas.internal import BatcherBeat, ModelRef
 from narsil_stream.schemas.oip import RepositoryEntry
@@ -195,7 +195,7 @@ class Shelf:
         del self._states[found.name]
         self.offered[_key(loaded.ref)] = loaded
         self._announce()
-        log.info("loaded model %s version %s", *found.name)
+        log.info("loaded model %s", loaded)
         return loaded.ref
 
     def _same(self, found: Found) -> ModelRef | None:

@@ -3,14 +3,13 @@
 import importlib.util
 import logging
 import shutil
-from collections.abc import Callable
 from functools import partial
 from pathlib import Path
 from typing import NamedTuple
 
 from narsil_stream.kernels import native, torch_family
 from narsil_stream.kernels.artifact import read_spec
-from narsil_stream.kernels.backend import Backend, Loader
+from narsil_stream.kernels.backend import Backend, Loader, Unfit
 from narsil_stream.schemas.model import DcnV2, ModelSpec
 
 log = logging.getLogger(__name__)
@@ -23,20 +22,16 @@ SMALL_MACS = 200_000
 """Multiply-adds for a row below which NumPy beats torch's calls at the batch sizes of a CPU: docs/decisions.md."""
 
 
-class Unfit(Exception):
-    """A family or precision that cannot be had here: says why and what to do next."""
-
-
 class Choice(NamedTuple):
     name: str
     load: Loader
-    """Raises ArtifactError; Unfit for what only loading can find out."""
     reason: str
     """For logs: why this one."""
 
 
-def choose(backend: str, precision: str, spec: ModelSpec) -> Choice:
-    """`backend`: a family's name or "auto"; `precision`: fp32, bf16, fp16, int8 or "auto"; `spec`: what will be loaded.
+def choose(backend: str, precision: str, spec: ModelSpec, lanes: int = 0) -> Choice:
+    """`backend`: a family's name or "auto"; `precision`: fp32, bf16, fp16, int8 or "auto"; `spec`: what will be loaded;
+    `lanes`: batches at once, of a family that can; 0: as many as it likes best.
 
     int8 asks for INT8 rows, with the fastest arithmetic of the family that stays within 2e-3 of the reference on them:
     fp16 on a GPU, fp32 on a CPU. Raises Unfit.
@@ -48,19 +43,22 @@ def choose(backend: str, precision: str, spec: ModelSpec) -> Choice:
     if precision == "int8":
         _need_int8_rows(spec)
     if backend != "auto":
-        return _BUILD[backend](precision, "as configured")
-    return _fastest(precision, spec)
+        return _BUILD[backend](precision, lanes, "as configured")
+    return _fastest(precision, lanes, spec)
 
 
-def loader(backend: str, precision: str) -> Loader:
+def loader(backend: str, precision: str, lanes: int = 0) -> Loader:
     """Loads each model with the family that is right for it, and logs which one and why."""
 
     def load(artifact: Path) -> Backend:
-        choice = choose(backend, precision, read_spec(artifact))
+        choice = choose(backend, precision, read_spec(artifact), lanes)
         loaded = choice.load(artifact)
         computed = loaded.info.precision
         asked = "" if precision in ("auto", computed) else f"; {precision} was asked for"
         log.info("compute: %s backend, precision %s (%s%s)", choice.name, computed, choice.reason, asked)
+        if lanes > loaded.info.lanes:
+            at_once = f"{loaded.info.lanes} at a time"
+            log.warning("executor.lanes is %d, but the %s backend computes %s", lanes, choice.name, at_once)
         return loaded
 
     return load
@@ -77,7 +75,7 @@ def macs(spec: ModelSpec) -> int:
     return layers + shape.dim * vectors * (vectors - 1) // 2
 
 
-def _fastest(precision: str, spec: ModelSpec) -> Choice:
+def _fastest(precision: str, lanes: int, spec: ModelSpec) -> Choice:
     """The first family that this machine has; the reason names what the ones before it lack."""
     lacks = []
     if importlib.util.find_spec("cupy") is None:
@@ -85,42 +83,34 @@ def _fastest(precision: str, spec: ModelSpec) -> Choice:
         lacks.append("no CuPy for native" + (", which the extra cuda brings: a GPU is here" if here else ""))
     else:
         try:
-            native.require_gpu()
-            return _native(precision, "an NVIDIA GPU and CuPy are here")
-        except native.Unavailable:
-            lacks.append("no NVIDIA GPU for native")
+            return _native(precision, lanes, "an NVIDIA GPU and CuPy are here")
+        except native.Unavailable as error:
+            lacks.append(_cause(error))
     try:
         unit = torch_family.require_unit()
     except torch_family.Unavailable:
         lacks.append("no locked unit of torch, FBGEMM and TorchRec for torch")
     else:
         if unit.machine != "CPU" or macs(spec) >= SMALL_MACS or precision in ("bf16", "fp16"):
-            return _torch(precision, "; ".join([*lacks, f"the locked unit for {unit.machine} is here"]))
+            return _torch(precision, lanes, "; ".join([*lacks, f"the locked unit for {unit.machine} is here"]))
         lacks.append(f"for {macs(spec):,} multiply-adds a row torch is no faster")
-    return _reference(precision, "; ".join(lacks))
+    return _reference(precision, lanes, "; ".join(lacks))
 
 
-def _native(precision: str, reason: str) -> Choice:
-    try:
-        native.require_gpu()
-    except native.Unavailable as error:
-        raise Unfit(str(error)) from error
+def _native(precision: str, lanes: int, reason: str) -> Choice:
+    native.require_gpu()
     arithmetic = "fp16" if precision in ("auto", "int8") else precision
-    # One lane: an executor computes one batch at a time.
-    return Choice("native", _explained("native", partial(native.load, precision=arithmetic, lanes=1)), reason)
+    return Choice("native", partial(native.load, precision=arithmetic, lanes=lanes or native.LANES), reason)
 
 
-def _torch(precision: str, reason: str) -> Choice:
-    try:
-        unit = torch_family.require_unit()
-    except torch_family.Unavailable as error:
-        raise Unfit(str(error)) from error
+def _torch(precision: str, _: int, reason: str) -> Choice:
+    unit = torch_family.require_unit()
     if precision == "int8":
         precision = "fp32" if unit.machine == "CPU" else "fp16"
-    return Choice("torch", _explained("torch", partial(torch_family.load, precision=precision)), reason)
+    return Choice("torch", partial(torch_family.load, precision=precision), reason)
 
 
-def _reference(precision: str, reason: str) -> Choice:
+def _reference(precision: str, _: int, reason: str) -> Choice:
     from narsil_stream.kernels import reference
 
     if precision in ("bf16", "fp16"):
@@ -131,7 +121,7 @@ def _reference(precision: str, reason: str) -> Choice:
     return Choice("reference", reference.load, reason)
 
 
-def _noop(precision: str, reason: str) -> Choice:
+def _noop(_precision: str, _: int, reason: str) -> Choice:
     from narsil_stream.kernels import noop
 
     return Choice(NOOP, noop.load, f"{reason}: scores mean nothing, for benchmarks only")
@@ -140,18 +130,9 @@ def _noop(precision: str, reason: str) -> Choice:
 _BUILD = {"native": _native, "torch": _torch, "reference": _reference, NOOP: _noop}
 
 
-def _explained(family: str, load: Callable[[Path], Backend]) -> Loader:
-    """What a family finds out only while loading, as Unfit."""
-
-    def run(artifact: Path) -> Backend:
-        try:
-            return load(artifact)
-        except (native.Unavailable, torch_family.Unavailable, ValueError) as error:
-            others = " or ".join(f"--backend {name}" for name in FAMILIES if name != family)
-            step = "" if "Next:" in str(error) else f". Next: another --precision, or {others}"
-            raise Unfit(f"the {family} backend cannot serve this model: {error}{step}") from error
-
-    return run
+def _cause(error: Unfit) -> str:
+    """Without the next step: somebody else takes it."""
+    return str(error).partition(". Next:")[0]
 
 
 def _need_int8_rows(spec: ModelSpec) -> None:

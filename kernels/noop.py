@@ -6,7 +6,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from narsil_stream.kernels.artifact import read_spec
-from narsil_stream.kernels.backend import Backend, BackendInfo, RaggedBatch
+from narsil_stream.kernels.backend import PROTOCOL, Backend, BackendInfo, RaggedBatch
+from narsil_stream.schemas.compute import Capabilities
 from narsil_stream.schemas.model import ModelSpec
 
 SCORES = 1024
@@ -34,8 +35,19 @@ class Noop:
     def info(self) -> BackendInfo:
         return BackendInfo(name="noop", device="cpu", precision="none")
 
+    @property
+    def capabilities(self) -> Capabilities:
+        return Capabilities(PROTOCOL, "cpu", ("none",), multi_hot=True, max_rows=0)
+
+    @property
+    def unprepared(self) -> int:
+        return 0
+
     def warm_up(self, max_rows: int) -> None:
         pass
+
+    def empty(self, rows: int) -> NDArray[np.float32]:
+        return np.empty(rows, np.float32)
 
     def run(self, batch: RaggedBatch, scores: NDArray[np.float32]) -> None:
         np.multiply(_first(batch, self._spec.n_sparse) % SCORES, np.float32(1 / SCORES), out=scores)

@@ -13,7 +13,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from narsil_stream.kernels.artifact import Artifact, Tensors, read
-from narsil_stream.kernels.backend import Backend, BackendInfo, RaggedBatch
+from narsil_stream.kernels.backend import PROTOCOL, Backend, BackendInfo, RaggedBatch, unfit
+from narsil_stream.schemas.compute import Capabilities
 from narsil_stream.schemas.model import DcnV2, ModelSpec, Pooling, Table
 
 Floats = NDArray[np.floating]
@@ -49,8 +50,9 @@ class Rows(NamedTuple):
 
 
 def load(artifact: Path) -> Backend:
-    """Load an artifact's folder. Raises ArtifactError when it is unfit."""
-    return Reference(read(artifact))
+    """Load an artifact's folder. Raises ArtifactError when it is unfit, Unfit without the memory for it."""
+    with unfit("the reference backend could not load this model", "another machine", MemoryError):
+        return Reference(read(artifact))
 
 
 def lookup(table: Rows, ids: Ids) -> Floats:
@@ -87,7 +89,7 @@ def interact(x: Floats) -> Floats:
 
     x [B, F+1, dim], row 0 the bottom MLP's output; out [B, dim + F(F+1)/2].
     """
-    products = (x @ x.transpose(0, 2, 1)).reshape(len(x), -1)
+    products = (x @ x.transpose(0, 2, 1)).reshape(len(x), x.shape[1] ** 2)
     return np.concatenate([x[:, 0], products.take(_pairs(x.shape[1]), axis=1)], axis=1)
 
 
@@ -96,7 +98,7 @@ def cross(x: Floats, layers: list[CrossLayer]) -> Floats:
 
     x [B, F+1, dim], row 0 the bottom MLP's output; out [B, (F+1) dim], the last x_l.
     """
-    first = x.reshape(len(x), -1)
+    first = x.reshape(len(x), x.shape[1] * x.shape[2])
     out = first
     for v, w, bias in layers:
         out = first * (out @ v.T @ w.T + bias) + out
@@ -141,11 +143,22 @@ class Reference:
     def info(self) -> BackendInfo:
         return BackendInfo(name="reference", device="cpu", precision="fp64")
 
+    @property
+    def capabilities(self) -> Capabilities:
+        return Capabilities(PROTOCOL, "cpu", ("fp64",), multi_hot=True, max_rows=0)
+
+    @property
+    def unprepared(self) -> int:
+        return 0
+
     def warm_up(self, max_rows: int) -> None:
         """One pass, which starts the threads of the linear algebra library. Nothing is kept for `max_rows`."""
         rows = min(max_rows, _BLOCK_ROWS)
         dense = np.zeros((rows, self._spec.n_dense), np.float32)
         self.logits(RaggedBatch(dense, np.zeros(rows * self._spec.n_sparse, np.int32)))
+
+    def empty(self, rows: int) -> NDArray[np.float32]:
+        return np.empty(rows, np.float32)
 
     def run(self, batch: RaggedBatch, scores: NDArray[np.float32]) -> None:
         """scores [rows] = sigmoid(logits)."""

@@ -7,6 +7,7 @@ from typing import Literal
 
 from msgspec import Struct
 
+from narsil_stream.schemas.compute import Capabilities
 from narsil_stream.schemas.model import ModelSpec
 from narsil_stream.schemas.oip import RepositoryEntry
 from narsil_stream.schemas.wire import InferAnswer, InferRequest
@@ -27,6 +28,14 @@ class ModelCard(Struct, frozen=True):
     backend: str = ""
     device: str = ""
     precision: str = ""
+    lanes: int = 1
+    """Batches that are computed at the same time."""
+    capabilities: Capabilities | None = None
+    """None: of an executor that does not tell yet."""
+
+    @property
+    def takes_bags(self) -> bool:
+        return self.capabilities is None or self.capabilities.multi_hot
 
 
 class Ask(Struct, array_like=True, frozen=True, gc=False):

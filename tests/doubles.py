@@ -3,30 +3,42 @@
 import gc
 import threading
 import weakref
+from collections import Counter
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
 import numpy as np
+from msgspec.structs import replace
 from numpy.typing import NDArray
 
 from narsil_stream.kernels import reference
 from narsil_stream.kernels.artifact import read
 from narsil_stream.kernels.backend import Backend, BackendInfo, RaggedBatch
+from narsil_stream.schemas.compute import Capabilities
 from narsil_stream.schemas.model import ModelSpec
 from tests.support import PATIENCE_S
 
 
 class Gate:
-    """Backends that compute only while it is open: `System(..., loader=gate.load)`, `with gate.closed(): ...`."""
+    """Backends that compute only while it is open: `System(..., loader=gate.load)`, `with gate.closed(): ...`.
 
-    def __init__(self) -> None:
+    `lanes`: batches of a model that may compute at the same time.
+    """
+
+    def __init__(self, lanes: int = 1) -> None:
+        self.lanes = lanes
+        self._lock = threading.Lock()
         self._open = threading.Event()
         self._open.set()
         self.waiting = 0
         """Batches that stand before it."""
         self.rows: list[int] = []
         """Of each batch that came to it."""
+        self.computing: Counter[GatedBackend] = Counter()
+        """Batches that came to it and are not computed yet."""
+        self.most = 0
+        """Of these, at a time, of one model."""
 
     def load(self, artifact: Path) -> Backend:
         return GatedBackend(reference.load(artifact), self)
@@ -39,13 +51,22 @@ class Gate:
         finally:
             self._open.set()
 
-    def enter(self, rows: int) -> None:
-        self.rows.append(rows)
-        self.waiting += 1
-        try:
-            assert self._open.wait(PATIENCE_S), "the gate was never opened"
-        finally:
+    @contextmanager
+    def passed(self, backend: "GatedBackend", rows: int) -> Iterator[None]:
+        with self._lock:
+            self.rows.append(rows)
+            self.waiting += 1
+            self.computing[backend] += 1
+            self.most = max(self.most, self.computing[backend])
+        opened = self._open.wait(PATIENCE_S)
+        with self._lock:
             self.waiting -= 1
+        try:
+            assert opened, "the gate was never opened"
+            yield
+        finally:
+            with self._lock:
+                self.computing[backend] -= 1
 
 
 class GatedBackend:
@@ -61,14 +82,25 @@ class GatedBackend:
 
     @property
     def info(self) -> BackendInfo:
-        return self._inner.info
+        return replace(self._inner.info, lanes=self._gate.lanes)
+
+    @property
+    def capabilities(self) -> Capabilities:
+        return self._inner.capabilities
+
+    @property
+    def unprepared(self) -> int:
+        return self._inner.unprepared
 
     def warm_up(self, max_rows: int) -> None:
         self._inner.warm_up(max_rows)
 
+    def empty(self, rows: int) -> NDArray[np.float32]:
+        return self._inner.empty(rows)
+
     def run(self, batch: RaggedBatch, scores: NDArray[np.float32]) -> None:
-        self._gate.enter(batch.rows)
-        self._inner.run(batch, scores)
+        with self._gate.passed(self, batch.rows):
+            self._inner.run(batch, scores)
 
     def unload(self) -> None:
         self._inner.unload()

@@ -5,19 +5,24 @@ Importing this package needs no GPU and no CuPy; `load` does.
 
 from pathlib import Path
 
-from narsil_stream.kernels.backend import Backend
+from narsil_stream.kernels.backend import Backend, Unfit
+
+LANES = 2
+"""Batches that compute at the same time, unless somebody wants otherwise: docs/decisions.md."""
+OLDEST = (8, 0)
+"""Compute capability."""
 
 
-class Unavailable(RuntimeError):
+class Unavailable(Unfit):
     """This process cannot use an NVIDIA GPU; says what is missing and what to do."""
 
 
-def load(artifact: Path, *, precision: str = "fp16", lanes: int = 3) -> Backend:
+def load(artifact: Path, *, precision: str = "fp16", lanes: int = LANES) -> Backend:
     """Load an artifact's folder onto the current GPU. Embedding rows keep their type.
 
     `precision`: fp16, bf16, tf32 or fp32, of the MLPs and the interaction. `lanes`: batches that compute at the same
     time.
-    Raises Unavailable without CuPy or a GPU, ArtifactError when the artifact is unfit.
+    Raises Unavailable without CuPy or a fit GPU; Unfit: what else cannot be had here; ArtifactError: unfit artifact.
     """
     require_gpu()
     from narsil_stream.kernels.artifact import read
@@ -27,7 +32,7 @@ def load(artifact: Path, *, precision: str = "fp16", lanes: int = 3) -> Backend:
 
 
 def require_gpu() -> None:
-    """Raise Unavailable unless CuPy is installed and sees a GPU."""
+    """Raise Unavailable unless CuPy is installed, and sees a GPU that works and is new enough."""
     try:
         import cupy
     except ImportError as error:
@@ -36,13 +41,21 @@ def require_gpu() -> None:
             "NVIDIA GPU and a CUDA 13 driver, or choose --backend reference"
         ) from error
     try:
-        count = cupy.cuda.runtime.getDeviceCount()
+        if not cupy.cuda.runtime.getDeviceCount():
+            raise Unavailable(
+                "the native backend found no NVIDIA GPU. Next: check nvidia-smi, or choose --backend reference"
+            )
+        cupy.cuda.runtime.memGetInfo()  # the first call that needs a driver that works
+        device = cupy.cuda.runtime.getDeviceProperties(cupy.cuda.Device().id)
+    except Unavailable:
+        raise
     except Exception as error:  # CuPy's own errors, whose class needs the driver
         raise Unavailable(
             f"the native backend found no usable NVIDIA driver ({error}). Next: check nvidia-smi, "
             "or choose --backend reference"
         ) from error
-    if count < 1:
+    if (device["major"], device["minor"]) < OLDEST:
         raise Unavailable(
-            "the native backend found no NVIDIA GPU. Next: check nvidia-smi, or choose --backend reference"
+            f"the native backend needs compute capability {OLDEST[0]}.{OLDEST[1]} or newer; {device['name'].decode()} "
+            f"has {device['major']}.{device['minor']}. Next: choose --backend torch or --backend reference"
         )

@@ -3,6 +3,7 @@
 from typing import TYPE_CHECKING, Any
 
 from narsil_stream.kernels.artifact import Artifact
+from narsil_stream.kernels.native import OLDEST
 from narsil_stream.kernels.native.fused import FusedPlan, misfit
 from narsil_stream.kernels.native.layers import LayersPlan
 from narsil_stream.kernels.native.plan import Plan
@@ -12,7 +13,6 @@ if TYPE_CHECKING:
     from narsil_stream.kernels.native.engine import Options
 
 PRECISIONS = ("fp16", "bf16", "tf32", "fp32")
-_OLDEST = (8, 0)
 _FUSED_ON = (9, 0)
 
 
@@ -21,8 +21,9 @@ def choose(artifact: Artifact, tables: DeviceTables, options: "Options") -> Plan
     if options.precision not in PRECISIONS:
         raise ValueError(f"precision is one of {', '.join(PRECISIONS)}, not {options.precision!r}")
     capability = _capability()
-    if capability < _OLDEST:
-        raise ValueError(f"this GPU has compute capability {capability[0]}.{capability[1]}; native needs 8.0 or newer")
+    if capability < OLDEST:
+        needed = f"{OLDEST[0]}.{OLDEST[1]}"
+        raise ValueError(f"this GPU has compute capability {capability[0]}.{capability[1]}; native needs {needed}")
     obstacle = _obstacle(artifact, options.precision, capability)
     if options.kernels == "fused" and obstacle:
         raise ValueError(f"kernels=fused cannot take {obstacle}")

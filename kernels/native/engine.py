@@ -2,9 +2,14 @@
 
 A slot is the memory of one batch, pinned on the host and mirrored on the device. A lane is a stream. Slot i belongs to
 lane i % lanes, so consecutive slots run side by side, and the copy of one overlaps the computation of another. Submit
-slot k + 1 while k runs; wait for them in any order. Calls come from one thread at a time.
+slot k + 1 while k runs; wait for them in any order.
+
+`run` comes from any threads, each takes free slots. Whoever uses slots by hand (`fill`, `submit`, `wait`) may do so in
+several threads too, each with slots of its own, but not beside `run`. All other calls come alone.
 """
 
+import threading
+from collections import deque
 from typing import Any
 
 import numpy as np
@@ -13,10 +18,12 @@ from msgspec.structs import replace
 from numpy.typing import NDArray
 
 from narsil_stream.kernels.artifact import Artifact
-from narsil_stream.kernels.backend import RaggedBatch
+from narsil_stream.kernels.backend import IdOutOfRange, RaggedBatch
+from narsil_stream.kernels.cutting import buckets, pieces
 from narsil_stream.kernels.native.choose import choose
-from narsil_stream.kernels.native.layout import Blob, buckets, pack, pieces, round_up
+from narsil_stream.kernels.native.layout import Blob, pack, round_up
 from narsil_stream.kernels.native.plan import Inputs, Outputs
+from narsil_stream.kernels.native.slots import Pool
 from narsil_stream.kernels.native.source import load_module
 from narsil_stream.kernels.native.tables import upload
 
@@ -50,10 +57,6 @@ class Options(Struct, frozen=True):
     """Batch sizes with a graph of their own, rising, the last max_rows. Empty: powers of two from 128."""
 
 
-class IdOutOfRange(ValueError):
-    """A batch held an id that its table has no row for. No other row was read in its place; the scores are void."""
-
-
 class Slot:
     """The memory of one batch. Fill it with `Engine.fill`, or in place through `dense` and `ids` after `begin`."""
 
@@ -82,7 +85,9 @@ class Slot:
         import cupy
 
         nbytes = round_up(nbytes, 16)
-        if nbytes > self.nbytes:
+        if nbytes <= self.nbytes:
+            return
+        with self._engine.lock:  # nothing is captured meanwhile
             self.graphs.clear()
             self._pinned = cupy.cuda.alloc_pinned_memory(nbytes)
             self.memory = np.frombuffer(self._pinned, np.uint8, nbytes)
@@ -156,7 +161,10 @@ class Engine:
         self._streams = [cupy.cuda.Stream(non_blocking=True) for _ in range(options.lanes)]
         self._pull = load_module("pull.cu", {}, f"sm_{cupy.cuda.Device().compute_capability}").get_function("pull")
         self._last: list[Slot | None] = [None] * options.lanes
+        self.lock = threading.Lock()
+        """Held for `_last`, and while work is enqueued or graphs are captured; never while the device is waited for."""
         self.slots: list[Slot] = []
+        self._pool = Pool(self.slots, options.lanes)
         self.recaptured = 0
         """Graphs captured because a live batch asked for them."""
         self.resize(options.max_rows)
@@ -174,6 +182,7 @@ class Engine:
         self._last = [None] * self.options.lanes
         count = self.options.slots or self.options.lanes + 1
         self.slots = [Slot(self, i, self._streams[i % len(self._streams)]) for i in range(count)]
+        self._pool = Pool(self.slots, self.options.lanes)
         cupy.cuda.runtime.deviceSynchronize()  # uploads and zeros ran on the default stream
 
     def bucket(self, rows: int) -> int:
@@ -204,57 +213,73 @@ class Engine:
 
     def submit(self, slot: Slot) -> None:
         """Enqueue the slot's batch: copy, compute, scores back into pinned memory. Returns at once."""
-        graph = slot.graphs.get((slot.bucket, slot.multi_hot))
-        if graph is None:
-            graph = self._capture(slot, slot.bucket, slot.multi_hot)
-            self.recaptured += 1
-        slot.errors[0] = 0
-        if (before := self._last[slot.lane]) is not None:
-            before.event.record(slot.stream)
-        if slot.multi_hot:
-            slot.copy(slot.blob.nbytes)
-        graph.launch(slot.stream)
-        self._last[slot.lane] = slot
+        with self.lock:
+            graph = slot.graphs.get((slot.bucket, slot.multi_hot))
+            if graph is None:
+                graph = self._capture(slot, slot.bucket, slot.multi_hot)
+                self.recaptured += 1
+            slot.errors[0] = 0
+            if (before := self._last[slot.lane]) is not None:
+                before.event.record(slot.stream)
+            if slot.multi_hot:
+                slot.copy(slot.blob.nbytes)
+            graph.launch(slot.stream)
+            self._last[slot.lane] = slot
 
     def wait(self, slot: Slot) -> Floats:
         """Block until the slot's batch is done and return its scores [rows], a view of the slot's pinned memory.
 
         Raises IdOutOfRange.
         """
-        if self._last[slot.lane] is slot:  # the last of its lane needs no event
+        with self.lock:
+            is_last = self._last[slot.lane] is slot
+        if is_last:  # the last of its lane needs no event
             slot.stream.synchronize()
-            self._last[slot.lane] = None
+            with self.lock:
+                if self._last[slot.lane] is slot:  # no other thread has submitted meanwhile
+                    self._last[slot.lane] = None
         else:
             slot.event.synchronize()
         if table := int(slot.errors[0]):
             raise IdOutOfRange(f"an id is outside table {self.spec.tables[table - 1].name}")
         return slot.scores
 
+    def cut(self, batch: RaggedBatch) -> list[RaggedBatch]:
+        """Into pieces that fit a slot."""
+        max_ids = self.options.max_rows * self.spec.n_sparse * _IDS_A_BAG
+        return pieces(batch, self.options.max_rows, max_ids) if batch.rows else []
+
     def run(self, batch: RaggedBatch, scores: Floats) -> None:
         """Score a batch of any size into `scores` [rows], in pieces that overlap. Raises IdOutOfRange."""
-        flying: list[tuple[Slot, int]] = []
-        start = 0
-        failed: IdOutOfRange | None = None
+        flying: deque[tuple[Slot, int]] = deque()
+        failed: Exception | None = None
 
         def land() -> None:
             nonlocal failed
-            slot, at = flying.pop(0)
+            slot, at = flying.popleft()
             try:
                 scores[at : at + slot.rows] = self.wait(slot)
-            except IdOutOfRange as error:
+            except Exception as error:  # the others of this batch are waited for all the same
                 failed = error
+            finally:
+                self._pool.give_back(slot)
 
-        max_ids = self.options.max_rows * self.spec.n_sparse * _IDS_A_BAG
-        for i, piece in enumerate(pieces(batch, self.options.max_rows, max_ids) if batch.rows else []):
-            if len(flying) == len(self.slots):
+        start = 0
+        try:
+            for piece in self.cut(batch):
+                while (slot := self._pool.take(wait=not flying)) is None:
+                    land()
+                try:
+                    slot.fill(piece)
+                    self.submit(slot)
+                except BaseException:
+                    self._pool.give_back(slot)
+                    raise
+                flying.append((slot, start))
+                start += piece.rows
+        finally:
+            while flying:
                 land()
-            slot = self.slots[i % len(self.slots)]
-            slot.fill(piece)
-            self.submit(slot)
-            flying.append((slot, start))
-            start += piece.rows
-        while flying:
-            land()
         if failed is not None:
             raise failed
 
@@ -265,7 +290,8 @@ class Engine:
         for stream in self._streams:
             stream.synchronize()
         self.slots.clear()
-        del self.plan, self._tables
+        self._last.clear()
+        del self.plan, self._tables, self._pool
         cupy.get_default_memory_pool().free_all_blocks()
         cupy.get_default_pinned_memory_pool().free_all_blocks()
 

@@ -17,23 +17,12 @@ Halves = NDArray[np.float16]
 
 HEADER_BYTES = 64
 """In front of a batch: its number of rows (int32), the rest unused, so that what follows stays aligned."""
-SMALLEST_BUCKET = 128
 STAGE_BYTES = 16_384
 """Of the ring through which weights arrive there."""
 
 
 def round_up(value: int, step: int) -> int:
     return -(-value // step) * step
-
-
-def buckets(max_rows: int) -> tuple[int, ...]:
-    """Batch sizes that get a graph of their own: powers of two from 128, and `max_rows` itself as the last."""
-    sizes = []
-    size = SMALLEST_BUCKET
-    while size < max_rows:
-        sizes.append(size)
-        size *= 2
-    return (*sizes, max_rows)
 
 
 class Blob(NamedTuple):
@@ -68,33 +57,6 @@ def pack(memory: NDArray[np.uint8], blob: Blob, batch: RaggedBatch) -> None:
         bags = memory[blob.offsets :][: 4 * (batch.lengths.size + 1)].view(np.int32)
         bags[0] = 0
         np.cumsum(batch.lengths.reshape(-1), out=bags[1:])
-
-
-def pieces(batch: RaggedBatch, max_rows: int, max_ids: int) -> list[RaggedBatch]:
-    """Cut a batch into consecutive ones of at most `max_rows` rows and, multi-hot, about `max_ids` ids.
-
-    A single row with more ids than that stays whole.
-    """
-    if batch.lengths is None:
-        if batch.rows <= max_rows:
-            return [batch]
-        width = batch.ids.size // batch.rows
-        starts = range(0, batch.rows, max_rows)
-        return [
-            RaggedBatch(batch.dense[s : s + max_rows], batch.ids[s * width : (s + max_rows) * width]) for s in starts
-        ]
-    if batch.rows <= max_rows and batch.ids.size <= max_ids:
-        return [batch]
-    ends = np.cumsum(batch.lengths.sum(axis=1, dtype=np.int64))
-    parts = []
-    start, used = 0, 0
-    while start < batch.rows:
-        fits = int(np.searchsorted(ends, used + max_ids, side="right"))
-        stop = min(max(fits, start + 1), start + max_rows, batch.rows)
-        last = int(ends[stop - 1])
-        parts.append(RaggedBatch(batch.dense[start:stop], batch.ids[used:last], batch.lengths[start:stop]))
-        start, used = stop, last
-    return parts
 
 
 def padded(weight: NDArray[Any], shape: Sequence[int], dtype: type[np.floating[Any]]) -> NDArray[Any]:

@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Literal
 
 from narsil_stream.kernels.torch_family.fbgemm_logs import quieten
-from narsil_stream.kernels.torch_family.unit import UNITS, Unavailable, require_unit
+from narsil_stream.kernels.torch_family.unit import UNITS, Unavailable, failures, require_unit
 
 if TYPE_CHECKING:
     from narsil_stream.kernels.backend import Backend
@@ -23,12 +23,14 @@ def load(artifact: Path, *, precision: str = "auto", device: Device = "auto") ->
     `precision`: fp32, bf16 or fp16, of the MLPs and the interaction; auto: the fastest that the device multiplies in
     hardware. `device` auto: CUDA where torch sees a GPU.
 
-    Raises Unavailable: no locked unit, no such device, a precision that it cannot do; ArtifactError: unfit artifact.
+    Raises Unavailable: no locked unit, no such device, a precision that it cannot do; Unfit: all else that this machine
+    cannot do; ArtifactError: unfit artifact.
     """
     require_unit()
     quieten()
     from narsil_stream.kernels.artifact import read
-    from narsil_stream.kernels.torch_family.devices import build, resolve
 
-    chosen = resolve(device, precision)
-    return build(read(artifact), chosen)
+    with failures("load this model"):
+        from narsil_stream.kernels.torch_family.devices import build, resolve
+
+        return build(read(artifact), resolve(device, precision))

@@ -14,11 +14,13 @@ import torch
 from numpy.typing import NDArray
 
 from narsil_stream.kernels.artifact import Artifact
-from narsil_stream.kernels.backend import BackendInfo, RaggedBatch
-from narsil_stream.kernels.native.layout import pieces
-from narsil_stream.kernels.torch_family.devices import DTYPES
+from narsil_stream.kernels.backend import PROTOCOL, BackendInfo, RaggedBatch
+from narsil_stream.kernels.cutting import pieces
+from narsil_stream.kernels.torch_family.devices import DTYPES, multiplied
 from narsil_stream.kernels.torch_family.network import Layer, Network
 from narsil_stream.kernels.torch_family.packing import Packing
+from narsil_stream.kernels.torch_family.unit import failures
+from narsil_stream.schemas.compute import Capabilities
 from narsil_stream.schemas.model import ModelSpec
 
 T = TypeVar("T")
@@ -52,11 +54,27 @@ class CpuBackend:
     def info(self) -> BackendInfo:
         return BackendInfo("torch", "cpu", self._precision)
 
+    @property
+    def capabilities(self) -> Capabilities:
+        return Capabilities(PROTOCOL, "cpu", multiplied(), multi_hot=True, max_rows=0)
+
+    @property
+    def unprepared(self) -> int:
+        return 0
+
     def warm_up(self, max_rows: int) -> None:
         """Compute every number of rows that a piece can have, once: oneDNN prepares what it needs for each."""
         one = RaggedBatch(np.zeros((1, self._spec.n_dense), np.float32), np.zeros(self._spec.n_sparse, np.int32))
         sizes = range(_STEP_ROWS, _round_up(min(max_rows, _PIECE_ROWS)) + 1, _STEP_ROWS)
-        self._each(lambda rows: self._logits(one, rows), sizes)
+        try:
+            with failures(f"warm up for {max_rows:,} rows"):
+                self._each(lambda rows: self._logits(one, rows), sizes)
+        except BaseException:
+            self.unload()
+            raise
+
+    def empty(self, rows: int) -> Floats:
+        return np.empty(rows, np.float32)
 
     def run(self, batch: RaggedBatch, scores: Floats) -> None:
         """scores [rows] = sigmoid(logits). Raises IdOutOfRange."""
@@ -74,7 +92,7 @@ class CpuBackend:
     def unload(self) -> None:
         if self._pool:
             self._pool.shutdown()
-        del self._network
+        vars(self).pop("_network", None)
 
     def _each(self, compute: Callable[[T], Floats], parts: Iterable[T]) -> list[Floats]:
         """In threads of ours, or in the caller's when that is the only one: handing over has its price."""

@@ -4,6 +4,8 @@ Everything that a graph touches was allocated before: pinned staging, its mirror
 a backend is on its stream, so CuPy or another torch model in the same process may use the same GPU meanwhile.
 """
 
+import contextlib
+import threading
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -11,11 +13,13 @@ import torch
 from numpy.typing import NDArray
 
 from narsil_stream.kernels.artifact import Artifact
-from narsil_stream.kernels.backend import BackendInfo, RaggedBatch
-from narsil_stream.kernels.native.layout import buckets, pieces
+from narsil_stream.kernels.backend import PROTOCOL, BackendInfo, RaggedBatch
+from narsil_stream.kernels.cutting import buckets, pieces
 from narsil_stream.kernels.torch_family.devices import DTYPES
 from narsil_stream.kernels.torch_family.network import Layer, Network
 from narsil_stream.kernels.torch_family.packing import Packed, Packing
+from narsil_stream.kernels.torch_family.unit import failures
+from narsil_stream.schemas.compute import Capabilities
 from narsil_stream.schemas.model import ModelSpec
 
 LARGEST_ROWS = 65_536
@@ -47,7 +51,7 @@ class Filled(NamedTuple):
 
 
 class CudaBackend:
-    """One model on the current GPU, one batch at a time."""
+    """One model on the current GPU, one batch at a time: threads that come together wait for each other."""
 
     def __init__(self, artifact: Artifact, precision: str) -> None:
         self._spec, self._precision = artifact.spec, precision
@@ -57,6 +61,9 @@ class CudaBackend:
         self._graphs: dict[tuple[int, bool], Any] = {}
         self.eager = 0
         """Pieces of batches that no graph was there for."""
+        self._eager_before = 0
+        self._lock = threading.Lock()
+        """There is one staging memory."""
         with torch.cuda.stream(self.stream):
             self._network = Network(artifact, self._packing, DTYPES[precision], "cuda", _layer)
         self.stream.synchronize()
@@ -69,18 +76,46 @@ class CudaBackend:
     def info(self) -> BackendInfo:
         return BackendInfo("torch", torch.cuda.get_device_name(), self._precision)
 
+    @property
+    def capabilities(self) -> Capabilities:
+        rows = self._buckets[-1] if self._buckets else LARGEST_ROWS
+        return Capabilities(PROTOCOL, "cuda", tuple(DTYPES), multi_hot=True, max_rows=rows)
+
+    @property
+    def unprepared(self) -> int:
+        return self.eager - self._eager_before
+
     def warm_up(self, max_rows: int) -> None:
         """Capture a graph for each bucket up to `max_rows` rows, one-hot and multi-hot. Longer batches are cut."""
+        rows = min(max_rows, LARGEST_ROWS)
+        try:
+            with failures(f"warm up for {rows:,} rows on {self.info.device}"):
+                self._prepare(rows)
+        except BaseException:
+            with contextlib.suppress(RuntimeError):  # of a device that is lost
+                self.unload()
+            raise
+        self._eager_before = self.eager
+
+    def _prepare(self, max_rows: int) -> None:
         self._graphs.clear()
-        self._buckets = tuple(buckets(min(max_rows, LARGEST_ROWS)))
+        self._buckets = tuple(buckets(max_rows))
         self._staging = self._allocate(self._buckets[-1])
         pool = torch.cuda.graph_pool_handle()
         for rows in reversed(self._buckets):  # the largest first: smaller ones find room in its memory
             for multi_hot in (False, True):
                 self._graphs[rows, multi_hot] = self._capture(rows, multi_hot, pool)
 
+    def empty(self, rows: int) -> NDArray[np.float32]:
+        memory: NDArray[np.float32] = torch.empty(rows, pin_memory=True).numpy()
+        return memory
+
     def run(self, batch: RaggedBatch, scores: NDArray[np.float32]) -> None:
         """Score a batch of any size into `scores` [rows]. Raises IdOutOfRange."""
+        with self._lock:
+            self._run(batch, scores)
+
+    def _run(self, batch: RaggedBatch, scores: NDArray[np.float32]) -> None:
         start = 0
         most_rows = self._buckets[-1] if self._buckets else LARGEST_ROWS
         for piece in pieces(batch, most_rows, self._most_ids(most_rows)) if batch.rows else []:
@@ -109,9 +144,8 @@ class CudaBackend:
     def unload(self) -> None:
         self.stream.synchronize()
         self._graphs.clear()
-        del self._network
-        if self._buckets:
-            del self._staging
+        for held in ("_network", "_staging"):
+            vars(self).pop(held, None)
         torch.cuda.empty_cache()
 
     def fill(self, batch: RaggedBatch) -> Filled:

@@ -47,6 +47,11 @@ def build(artifact: Artifact, chosen: Chosen) -> Backend:
     return CpuBackend(artifact, chosen.precision)
 
 
+def multiplied() -> tuple[str, ...]:
+    """Precisions that this processor has instructions for."""
+    return tuple(name for name in DTYPES if name == "fp32" or _cpu_multiplies(name))
+
+
 def _cpu_multiplies(precision: str) -> bool:
     """By instructions of its own: AVX512_BF16 or AMX for bf16, AVX512_FP16 or AMX for fp16."""
     if not torch.backends.mkldnn.is_available():

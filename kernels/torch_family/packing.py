@@ -10,7 +10,7 @@ from typing import NamedTuple, NoReturn
 import numpy as np
 from numpy.typing import NDArray
 
-from narsil_stream.kernels.backend import RaggedBatch
+from narsil_stream.kernels.backend import IdOutOfRange, RaggedBatch
 from narsil_stream.schemas.model import DcnV2, ModelSpec
 
 Ids = NDArray[np.int32]
@@ -27,10 +27,6 @@ class Packed(NamedTuple):
     """[N], at least one value, so that there is an address."""
     offsets: Ids
     """[rows * vectors + 1]: bag i holds values[offsets[i] : offsets[i + 1]]."""
-
-
-class IdOutOfRange(ValueError):
-    """A batch held an id that its table has no row for."""
 
 
 class Packing:

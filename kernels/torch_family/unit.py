@@ -4,8 +4,11 @@ fbgemm_gpu 1.X is built for the binary interface of torch 2.(X+5) alone: another
 worse. So only trios that were tested together are taken.
 """
 
+from contextlib import AbstractContextManager
 from importlib.metadata import PackageNotFoundError, version
 from typing import NamedTuple
+
+from narsil_stream.kernels.backend import Unfit, unfit
 
 
 class Unit(NamedTuple):
@@ -42,7 +45,7 @@ UNITS = (
 )
 
 
-class Unavailable(RuntimeError):
+class Unavailable(Unfit):
     """The torch family cannot be used here; says why and what to do."""
 
 
@@ -56,10 +59,18 @@ def require_unit() -> Unit:
     found = (
         f"torch {torch or 'missing'}, {' and '.join(fbgemm) or 'fbgemm-gpu missing'}, torchrec {torchrec or 'missing'}"
     )
+    steps = ", or ".join(f"{unit.install} ({unit.machine})" for unit in UNITS)
     raise Unavailable(
         f"the torch backend needs torch, FBGEMM and TorchRec that were tested together; found {found}.\n{table()}\n"
-        f"Next: {UNITS[0].install} (CPU), or choose --backend reference"
+        f"Next: {steps}, or choose --backend reference"
     )
+
+
+def failures(doing: str) -> AbstractContextManager[None]:
+    """What torch and FBGEMM raise on a machine that is not as it should be, or too small, as Unfit."""
+    step = "another --precision, or --backend reference"
+    what = f"the torch backend could not {doing}"
+    return unfit(what, step, MemoryError, RuntimeError, OSError, ImportError, ValueError)
 
 
 def is_here() -> bool:

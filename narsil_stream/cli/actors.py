@@ -135,7 +135,8 @@ async def _start_executor(runtime: Runtime) -> None:
     from narsil_stream.kernels import families
 
     config = runtime.config
-    loader, artifacts = families.loader(config.backend, config.precision), repository(config)
+    loader = families.loader(config.backend, config.precision, config.executor.lanes)
+    artifacts = repository(config)
     await runtime.start(lambda: Executor(config, runtime.bus, artifacts, loader))
 
 
@@ -205,7 +206,7 @@ def _run(loaded: Loaded, role: str, start: Start, token: str) -> None:
                 return await runtime.until_stopped(watch_stdin=bool(token))
 
     from narsil_stream.kernels.artifact import ArtifactError
-    from narsil_stream.kernels.families import Unfit
+    from narsil_stream.kernels.backend import Unfit
 
     try:
         code = uvloop.run(life())

@@ -11,7 +11,7 @@ from msgspec import Struct
 from numpy.typing import NDArray
 
 from narsil_stream.schemas.codec import array
-from narsil_stream.schemas.errors import Refused, invalid
+from narsil_stream.schemas.errors import Fault, Refused, invalid
 from narsil_stream.schemas.model import ModelSpec
 from narsil_stream.schemas.wire import InferRequest, Tensor
 
@@ -46,8 +46,10 @@ class Rows(Struct, frozen=True, gc=False):
 class Admission:
     """The checks for one model. They run on the batcher's event loop, once for each request."""
 
-    def __init__(self, spec: ModelSpec) -> None:
+    def __init__(self, spec: ModelSpec, multi_hot: bool = True) -> None:
+        """`multi_hot`: whether what computes the model takes bags of ids."""
         self.spec = spec
+        self._takes_bags = multi_hot
         tables = [table.rows for table in spec.tables]
         self._smallest = min(tables)
         # Ids are compared as unsigned numbers, of which the negative ones are the largest: one comparison, both ends.
@@ -57,12 +59,16 @@ class Admission:
         }
 
     def rows(self, request: InferRequest) -> Rows:
-        """Raises `Refused(INVALID_ARGUMENT)`."""
+        """Raises `Refused`: INVALID_ARGUMENT, or UNIMPLEMENTED for bags where they are not taken."""
         inputs = _by_name(request)
         dense = inputs["dense"]
         count = self._check_dense(dense)
         if "sparse" in inputs:
             return Rows(count, dense.data, self._one_hot(inputs["sparse"], count), None)
+        if not self._takes_bags:
+            name = self.spec.name
+            detail = f"what computes model '{name}' takes one id for each table: send 'sparse' in place of 'values'"
+            raise Refused(Fault.UNIMPLEMENTED, detail)
         lengths = inputs["lengths"]
         ids = self._multi_hot(inputs["values"], lengths, count)
         return Rows(count, dense.data, ids, lengths.data)

@@ -12,10 +12,11 @@ from msgspec.structs import replace
 
 from narsil_stream.core.config import Config
 from narsil_stream.kernels import reference
-from narsil_stream.kernels.artifact import WEIGHTS, write
-from narsil_stream.kernels.backend import Backend
+from narsil_stream.kernels.artifact import WEIGHTS, read, write
+from narsil_stream.kernels.backend import PROTOCOL, Backend, unfit
 from narsil_stream.kernels.init import criteo_spec, random_model
 from narsil_stream.schemas import codec
+from narsil_stream.schemas.compute import Capabilities
 from narsil_stream.schemas.errors import Fault, Refused
 from narsil_stream.schemas.wire import InferAnswer, InferRequest
 from tests.asking import Rows, some_rows
@@ -315,6 +316,77 @@ def test_a_backend_that_fails_to_load_is_no_end_of_the_executor(
         assert scored(ask(door, "first", rows), rows)
         assert door.index() == {("first", "1"): "READY", ("second", "1"): "UNAVAILABLE"}
         assert "MemoryError" in door.reason("second", "1")
+
+
+def test_new_weights_without_room_beside_the_old_ones_are_refused_and_the_old_ones_serve_on(
+    start: Start, nats_server: NatsServer, repository: Path
+) -> None:
+    """Both versions are in memory until the new one takes over; a device that is full must not lose the old one."""
+    served = make(repository / "m", "m")
+    loads, freed = Loads(), []
+
+    class Full(reference.Reference):
+        def warm_up(self, max_rows: int) -> None:
+            with unfit("the device could not warm up", "another device", MemoryError):
+                raise MemoryError("secret address 0x1234")
+
+        def unload(self) -> None:
+            freed.append(True)
+
+    def load(artifact: Path) -> Backend:
+        return Full(read(artifact)) if loads.begun else loads.load(artifact)
+
+    start(load="m", loader=load, executors=1)
+    rows = some_rows(served, 3)
+    with Door(nats_server.url) as door, Traffic(served, nats=nats_server.url) as traffic:
+        make(served, "m", seed=2)
+        refused = refusal(door.load, "m")
+        assert refused.fault is Fault.INTERNAL
+        assert "model 'm' could not be loaded: the device could not warm up: MemoryError" in refused.detail
+        assert "Next: unload another model" in refused.detail and "secret" not in refused.detail
+        assert freed, "what the failed load took is free again"
+        traffic.answered(MANY)
+        assert scored(ask(door, "m", rows), rows), "the old weights"
+        assert door.index() == {("m", "1"): "READY"}
+    assert not traffic.bad, traffic.ended
+    assert loads.in_memory == 1
+
+
+def test_a_backend_of_a_newer_protocol_is_refused(start: Start, nats_server: NatsServer, repository: Path) -> None:
+    """It may rely on calls that this executor does not make."""
+    make(repository / "m", "m")
+
+    class Newer(reference.Reference):
+        @property
+        def capabilities(self) -> Capabilities:
+            return replace(super().capabilities, protocol="2.0")
+
+    start(loader=lambda artifact: Newer(read(artifact)))
+    with Door(nats_server.url) as door:
+        detail = refusal(door.load, "m").detail
+        assert f"speaks version 2.0 of the protocol, this executor {PROTOCOL}" in detail
+
+
+def test_a_model_that_goes_waits_for_the_batches_that_compute_at_once(
+    start: Start, nats_server: NatsServer, repository: Path
+) -> None:
+    """Memory that is freed under a running batch is read all the same, and scores are nonsense."""
+    served = make(repository / "m", "m")
+    gate = Gate(lanes=2)
+    start(load="m", loader=gate.load)
+    rows = some_rows(served, 3)
+    with Door(nats_server.url) as door, ThreadPoolExecutor(1) as threads:
+        with gate.closed():
+            asked = []
+            for i in range(3):
+                asked.append(door.ask("m", request(rows.part(i))))
+                until(lambda i=i: gate.waiting == min(i + 1, 2), "a batch computes")  # type: ignore[misc]
+            unloading = threads.submit(door.unload, "m")
+            until(lambda: not door.index(ready=True), "the model is offered no more")
+            assert not unloading.done()
+        assert all(scored(answer.result(20), rows.part(i)) for i, answer in enumerate(asked))
+        unloading.result(20)
+    assert gate.most == 2
 
 
 def test_a_model_that_is_not_there_is_told_with_what_there_is(

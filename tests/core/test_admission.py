@@ -279,6 +279,18 @@ def passed(model: ModelSpec, asked: InferRequest) -> Rows | None:
         return None
 
 
+def test_bags_are_refused_where_what_computes_takes_none() -> None:
+    """In a batch they would fail those who sent one id for each table."""
+    admission = Admission(spec(*TABLES), multi_hot=False)
+    one_hot = InferRequest("", (tensor("dense", DENSE), tensor("sparse", SPARSE)))
+    assert admission.rows(one_hot).count == 2
+    bags = InferRequest("", (tensor("dense", DENSE), tensor("values", VALUES), tensor("lengths", LENGTHS)))
+    with pytest.raises(Refused) as refused:
+        admission.rows(bags)
+    assert refused.value.fault is Fault.UNIMPLEMENTED
+    assert "send 'sparse'" in refused.value.detail
+
+
 def ragged(rows: Rows, model: ModelSpec) -> RaggedBatch:
     lengths = None if rows.lengths is None else np.frombuffer(rows.lengths, np.int32).reshape(-1, model.n_sparse)
     return RaggedBatch(np.frombuffer(rows.dense, np.float32).reshape(rows.count, -1),

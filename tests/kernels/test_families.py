@@ -10,7 +10,8 @@ import pytest
 
 from narsil_stream.kernels import families, native, torch_family
 from narsil_stream.kernels.artifact import write
-from narsil_stream.kernels.families import Unfit, choose
+from narsil_stream.kernels.backend import Unfit
+from narsil_stream.kernels.families import choose
 from narsil_stream.kernels.init import Cross, criteo_spec, random_batch, random_model
 from narsil_stream.kernels.reference import Reference, sigmoid
 from narsil_stream.kernels.torch_family.unit import UNITS
@@ -35,8 +36,10 @@ class Machine:
     patch: pytest.MonkeyPatch
 
     @classmethod
-    def has(cls, cupy: bool = False, gpu: bool = False, unit: object = None) -> None:
+    def has(cls, cupy: bool = False, gpu: bool = False, unit: object = None, lacks: str = "") -> None:
         def require_gpu() -> None:
+            if lacks:
+                raise native.Unavailable(f"{lacks}. Next: choose another")
             if not gpu:
                 raise native.Unavailable("no GPU. Next: check nvidia-smi")
 
@@ -60,7 +63,7 @@ def test_auto_takes_torch_where_a_unit_is_installed_and_pays(machine: type[Machi
     """On a CPU for models of some size; with the CUDA unit for all."""
     machine.has(cupy=True, unit=CPU)
     choice = choose("auto", "auto", LARGE)
-    assert (choice.name, "no NVIDIA GPU" in choice.reason) == ("torch", True)
+    assert (choice.name, "no GPU" in choice.reason) == ("torch", True)
     assert choose("auto", "auto", SMALL).name == "reference"
     assert choose("auto", "bf16", SMALL).name == "torch", "the reference has no bf16"
     machine.has(unit=CUDA)
@@ -99,18 +102,38 @@ def test_int8_takes_a_model_with_int8_rows() -> None:
     assert choose("auto", "int8", msgspec.structs.replace(SMALL, tables=tables)).name == "reference"
 
 
-def test_what_only_loading_finds_out_names_the_family_and_the_next_step(
+@pytest.mark.parametrize("told", ["compute capability 8.0 or newer; Tesla T4 has 7.5", "no usable NVIDIA driver (999)"])
+def test_auto_passes_over_a_gpu_that_will_not_do_and_says_why(machine: type[Machine], told: str) -> None:
+    """An old GPU or a broken driver must not end a server that could compute on the processor."""
+    machine.has(cupy=True, unit=CPU, lacks=told)
+    choice = choose("auto", "auto", LARGE)
+    assert choice.name == "torch"
+    assert told in choice.reason and "Next" not in choice.reason
+    with pytest.raises(Unfit, match="Next: choose another"):
+        choose("native", "auto", LARGE)
+
+
+def test_lanes_reach_the_family_that_has_them(
     machine: type[Machine], monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
-    """For instance a precision that this GPU lacks."""
+    """0 leaves their number to the family."""
     machine.has(cupy=True, gpu=True)
+    asked: list[tuple[str, int]] = []
+    monkeypatch.setattr(native, "load", lambda _, *, precision, lanes: asked.append((precision, lanes)))
+    for lanes in (0, 5):
+        choose("auto", "auto", SMALL, lanes).load(tmp_path)
+    assert asked == [("fp16", native.LANES), ("fp16", 5)]
 
-    def load(artifact: Path, *, precision: str, lanes: int) -> None:
-        raise ValueError(f"no {precision} here")
 
-    monkeypatch.setattr(native, "load", load)
-    with pytest.raises(Unfit, match=r"native backend cannot serve this model: no fp32 here.*--backend torch"):
-        choose("native", "fp32", SMALL).load(tmp_path)
+def test_more_lanes_than_a_family_has_are_said_to_be_of_no_use(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    """A setting that changes nothing in silence is believed to work."""
+    write(tmp_path / "m", random_model(SMALL, 1))
+    families.loader("reference", "auto", 1)(tmp_path / "m")
+    assert "executor.lanes" not in caplog.text
+    families.loader("reference", "auto", 3)(tmp_path / "m")
+    assert "executor.lanes is 3, but the reference backend computes 1 at a time" in caplog.text
 
 
 def test_the_chosen_loader_loads(tmp_path: Path) -> None:

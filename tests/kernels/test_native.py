@@ -15,7 +15,6 @@ from msgspec.structs import replace
 
 from narsil_stream.kernels import native
 from narsil_stream.kernels.artifact import Artifact
-from narsil_stream.kernels.backend import RaggedBatch
 from narsil_stream.kernels.init import Cross, criteo_spec, random_batch, random_model
 from narsil_stream.kernels.native import fused, layers, layout, operands, source
 from narsil_stream.kernels.reference import Reference, interact
@@ -142,13 +141,6 @@ def test_bf16_weights_are_those_of_torch_bit_for_bit(values: Any) -> None:
     assert operands.encode(ties, "bf16").tolist() == [0x3F80, 0x3F82, 0x3F81]
 
 
-def test_buckets_rise_and_end_with_the_largest_batch() -> None:
-    """A batch of max_rows must have a graph that fits exactly."""
-    assert layout.buckets(1) == (1,)
-    assert layout.buckets(128) == (128,)
-    assert layout.buckets(1600) == (128, 256, 512, 1024, 1600)
-
-
 @pytest.mark.parametrize("bag", [None, 4])
 def test_a_packed_batch_holds_every_input_at_its_place(bag: int | None) -> None:
     """One copy moves all of it; kernels find the parts by the bucket's offsets alone."""
@@ -167,27 +159,6 @@ def test_a_packed_batch_holds_every_input_at_its_place(bag: int | None) -> None:
     if batch.lengths is not None:
         ends = memory[blob.offsets :][: 4 * (90 * 26 + 1)].view(np.int32)
         np.testing.assert_array_equal(np.diff(ends), batch.lengths.ravel())
-
-
-@pytest.mark.parametrize("bag", [None, 3])
-@pytest.mark.parametrize(("max_rows", "max_ids"), [(1000, 10**6), (7, 10**6), (64, 100), (1, 1)])
-def test_a_cut_batch_is_the_same_batch(bag: int | None, max_rows: int, max_ids: int) -> None:
-    """No row lost, doubled or moved at the cuts; no piece beyond its bounds but a single row's."""
-    batch = random_batch(SPEC, 150, seed=2, bag=bag)
-    parts = layout.pieces(batch, max_rows, max_ids)
-    np.testing.assert_array_equal(np.concatenate([part.dense for part in parts]), batch.dense)
-    np.testing.assert_array_equal(np.concatenate([part.ids for part in parts]), batch.ids)
-    assert all(0 < part.rows <= max_rows for part in parts)
-    if batch.lengths is not None:
-        lengths = [part.lengths for part in parts if part.lengths is not None]
-        np.testing.assert_array_equal(np.concatenate(lengths), batch.lengths)
-        assert all(part.ids.size <= max_ids or part.rows == 1 for part in parts)
-
-
-def test_rows_without_ids_are_cut_by_rows_alone() -> None:
-    """Empty bags at the end of a batch must not be dropped."""
-    batch = RaggedBatch(np.ones((5, 13), np.float32), np.zeros(0, np.int32), np.zeros((5, 26), np.int32))
-    assert [part.rows for part in layout.pieces(batch, 2, 10)] == [2, 2, 1]
 
 
 def test_operands_of_the_first_layer_are_where_the_lanes_look() -> None:

@@ -11,9 +11,9 @@ from msgspec.structs import replace
 
 from narsil_stream.kernels import native
 from narsil_stream.kernels.artifact import Artifact, write
-from narsil_stream.kernels.backend import RaggedBatch
+from narsil_stream.kernels.backend import IdOutOfRange, RaggedBatch
 from narsil_stream.kernels.init import Cross, criteo_spec, plain_spec, random_batch, random_model
-from narsil_stream.kernels.native.engine import Engine, IdOutOfRange, Options
+from narsil_stream.kernels.native.engine import Engine, Options
 from narsil_stream.kernels.quantize import quantize
 from narsil_stream.kernels.reference import Reference, sigmoid
 from narsil_stream.schemas.model import DcnV2, DlrmDot, ModelSpec, RowType, Table
@@ -316,7 +316,8 @@ def test_an_artifact_is_served_through_the_backend_protocol(big: dict[RowType, A
     write(tmp_path / "model", big["INT8"])
     backend = native.load(tmp_path / "model")
     backend.warm_up(512)
-    assert (backend.info.name, backend.info.precision, backend.info.lanes) == ("native", "fp16", 3)
+    assert (backend.info.name, backend.info.precision, backend.info.lanes) == ("native", "fp16", native.LANES)
+    assert backend.capabilities.max_rows == 512
     for rows in (0, 1, 512, 1500):
         batch = random_batch(backend.spec, rows, seed=rows)
         scores = np.empty(rows, np.float32)

@@ -312,6 +312,16 @@ class ExecutorConfig(Struct, frozen=True, forbid_unknown_fields=True):
     executors: Annotated[
         Count, Meta(description="Executor processes, each with a copy of the model. More: more memory.")
     ] = 1
+    lanes: Annotated[
+        int,
+        Meta(
+            ge=0,
+            le=16,
+            description="Batches that one model computes at the same time, where its backend can (native). 0: as many "
+            "as the backend does best with. More: rows a second, until the device is full; then latency, and more of "
+            "the device's memory.",
+        ),
+    ] = 0
     slots: Annotated[
         int,
         Meta(
