@@ -330,4 +330,4 @@ def test_the_program_for_the_sanitizer_runs_each_kernel() -> None:
     program = Path(__file__).with_name("sanitize.py")
     done = subprocess.run([sys.executable, str(program)], capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
-    assert done.stdout.count(": right, ") == 12
+    assert done.stdout.count(": right, ") == 14
