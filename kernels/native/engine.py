@@ -218,8 +218,12 @@ class Engine:
         given = self.options.buckets
         self._buckets = given if given and given[-1] == max_rows else buckets(max_rows)
         self.options = replace(self.options, max_rows=max_rows)
-        self.plan.resize(max_rows)
-        self._last = [None] * self.options.lanes
+        with ON_DEVICE:  # graphs and memory go here
+            self._last = [None] * self.options.lanes
+            self._pool = SlotPool([], self.options.lanes)
+            self.slots.clear()
+            self.plan.resize(max_rows)
+            self.memory.release()
         count = self.options.slots or self.options.lanes + 1
         self.slots = [Slot(self, i, self._streams[i % len(self._streams)]) for i in range(count)]
         self._pool = SlotPool(self.slots, self.options.lanes)
