@@ -21,8 +21,13 @@ __device__ __forceinline__ uint32_t place(int row, int column) {
     return column / 64 * BLOCK64 + row * 128 + ((column % 64 * 2) ^ (row % 8 * 16));
 }
 
-// max(0, x) that keeps a NaN: a broken row must show, not score like another.
-__device__ __forceinline__ uint32_t relu(uint32_t pair) { return as_word(__hmax2_nan(as_half2(pair), as_half2(0))); }
+// max(0, x) that keeps a NaN: a broken row must show, not score like another. A pair also becomes FP16, saturated, as
+// `pack` does it: one instruction for all of this.
+__device__ __forceinline__ uint32_t relu(float low, float high) {
+    uint32_t h;
+    asm("cvt.rn.relu.satfinite.f16x2.f32 %0, %1, %2;" : "=r"(h) : "f"(high), "f"(low));
+    return h;
+}
 __device__ __forceinline__ float relu(float x) {
     float y;
     asm("max.NaN.f32 %0, %1, 0f00000000;" : "=f"(y) : "f"(x));
@@ -163,7 +168,7 @@ __device__ __forceinline__ void start(const Block& block, float (&acc)[N], const
 template <int N>
 __device__ __forceinline__ void activate(uint32_t (&out)[N / 2], const float (&acc)[N]) {
 #pragma unroll
-    for (int i = 0; i < N / 2; ++i) out[i] = relu(pack(acc[2 * i], acc[2 * i + 1]));
+    for (int i = 0; i < N / 2; ++i) out[i] = relu(acc[2 * i], acc[2 * i + 1]);
 }
 
 // These into the activations, columns from `column` on: a multiple of 64, or all within one block of 64.

@@ -6,6 +6,7 @@ from narsil_stream.kernels.artifact import Artifact
 from narsil_stream.kernels.native import OLDEST
 from narsil_stream.kernels.native.fused import FusedPlan, misfit
 from narsil_stream.kernels.native.layers import LayersPlan
+from narsil_stream.kernels.native.memory import Memory
 from narsil_stream.kernels.native.plan import Plan
 from narsil_stream.kernels.native.tables import DeviceTables
 
@@ -16,7 +17,7 @@ PRECISIONS = ("fp16", "bf16", "tf32", "fp32")
 _FUSED_ON = (9, 0)
 
 
-def choose(artifact: Artifact, tables: DeviceTables, options: "Options") -> Plan:
+def choose(artifact: Artifact, tables: DeviceTables, options: "Options", memory: Memory) -> Plan:
     """The fused kernel where it can be, else kernels around cuBLASLt. Raises ValueError with the reason."""
     if options.precision not in PRECISIONS:
         raise ValueError(f"precision is one of {', '.join(PRECISIONS)}, not {options.precision!r}")
@@ -28,9 +29,9 @@ def choose(artifact: Artifact, tables: DeviceTables, options: "Options") -> Plan
     if options.kernels == "fused" and obstacle:
         raise ValueError(f"kernels=fused cannot take {obstacle}")
     if options.kernels != "layers" and not obstacle:
-        return FusedPlan(artifact, tables, options.split)
+        return FusedPlan(artifact, tables, memory, options.split)
     arch = f"sm_{capability[0]}{capability[1]}"
-    return LayersPlan(artifact, tables, options.precision, arch, options.max_rows)
+    return LayersPlan(artifact, tables, memory, options.precision, arch, options.max_rows)
 
 
 def _obstacle(artifact: Artifact, precision: str, capability: tuple[int, int]) -> str | None:

@@ -4,8 +4,8 @@
 //   cross    out[b] = x0[b] * p[b] + x[b], element by element           x0, p, x, out [rows, (F + 1) DP]; out may be x
 //
 // x0[b, 0] is the bottom MLP's output: its last product writes there. p = W (V x) + bias are two products. Columns of a
-// vector from DIM to DP are zero, and stay zero: p is zero there, as its weights and bias are. Types, header, pad_dense
-// and head: ends.cuh.
+// vector from DIM to DP are zero, and stay zero: p is zero there, as its weights and bias are. An infinite p (FP16 alone:
+// cuBLASLt's sums overflow) gives NaN. Types, header, pad_dense and head: ends.cuh.
 #include "ends.cuh"
 
 constexpr int WIDTH = VECTORS * DP;
@@ -58,6 +58,6 @@ cross(const int* header, const Number* x0, const Number* p, const Number* x, Num
     const Number* b = reinterpret_cast<const Number*>(&product);
     Number* c = reinterpret_cast<Number*>(&sum);
 #pragma unroll
-    for (int k = 0; k < CHUNK; ++k) c[k] = number(fmaf(value_of(a[k]), value_of(b[k]), value_of(c[k])));
+    for (int k = 0; k < CHUNK; ++k) c[k] = number(fmaf(value_of(a[k]), finite(value_of(b[k])), value_of(c[k])));
     reinterpret_cast<uint4*>(out)[i] = sum;
 }

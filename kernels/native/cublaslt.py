@@ -4,12 +4,15 @@ Bound by ctypes: CuPy has no cuBLASLt, and a product with fixed pointers is all 
 """
 
 import ctypes
+import functools
 import importlib
 from collections.abc import Callable
 from ctypes import byref, c_float, c_int, c_int32, c_size_t, c_uint64, c_void_p
 from typing import Any
 
 import msgspec
+
+from narsil_stream.kernels.exclusive import ON_DEVICE
 
 WORKSPACE_BYTES = 32 << 20
 CANDIDATES = 24
@@ -23,6 +26,8 @@ _PLAIN, _RELU, _BIAS = 1, 2, 4
 """Of an epilogue; with both, RELU | BIAS."""
 _MAX_WORKSPACE = 1
 _OP_T = 1
+_handles: dict[int, c_void_p] = {}
+"""By device."""
 
 
 class _Heuristic(ctypes.Structure):
@@ -64,16 +69,21 @@ class Product(msgspec.Struct, frozen=True):
 
 
 class Library:
-    """A cuBLASLt handle. Not for two threads at a time."""
+    """Products of one engine, on the process's handle. Not for two threads at a time."""
 
     def __init__(self) -> None:
-        self._lib = _open()
-        handle = c_void_p()
-        self._call("cublasLtCreate", byref(handle))
-        self._handle = handle
+        import cupy
 
-    def close(self) -> None:
-        self._call("cublasLtDestroy", self._handle)
+        self._lib = _open()
+        self._handle = _handle(int(cupy.cuda.runtime.getDevice()))
+        self._described: list[tuple[str, c_void_p]] = []
+        """What destroys it, and the description of a product, of a matrix."""
+
+    def forget(self) -> None:
+        """Destroy the descriptions of all products that were planned: none of them may run again."""
+        while self._described:
+            destroy, description = self._described.pop()
+            self._call(destroy, description)
 
     def plan(self, product: Product, precision: str, workspace: int, stream: Any) -> Callable[[int], None]:
         """A function that enqueues the product on a stream (its address), by the algorithm that ran fastest.
@@ -89,6 +99,7 @@ class Library:
         kind = _TYPES[precision]
         description = c_void_p()
         self._call("cublasLtMatmulDescCreate", byref(description), c_int(_COMPUTE[precision]), c_int(_R_32F))
+        self._described.append(("cublasLtMatmulDescDestroy", description))
         attributes: list[tuple[int, Any]] = [(_TRANS_A, c_int32(_OP_T)), (_EPILOGUE, c_int32(p.epilogue))]
         if p.bias:
             attributes.append((_BIAS_POINTER, c_void_p(p.bias)))
@@ -155,11 +166,11 @@ class Library:
         layout = c_void_p()
         size = (c_uint64(rows), c_uint64(columns), ctypes.c_int64(stride))
         self._call("cublasLtMatrixLayoutCreate", byref(layout), c_int(kind), *size)
+        self._described.append(("cublasLtMatrixLayoutDestroy", layout))
         return layout
 
     def _call(self, name: str, *args: object) -> None:
-        if status := getattr(self._lib, name)(*args):
-            raise CublasError(f"{name}: status {status}")
+        _call(self._lib, name, *args)
 
 
 def _time(run: Callable[[], None], stream: Any) -> float:
@@ -182,6 +193,23 @@ def _time(run: Callable[[], None], stream: Any) -> float:
     return min(times)
 
 
+def _call(library: ctypes.CDLL, name: str, *args: object) -> None:
+    if status := getattr(library, name)(*args):
+        raise CublasError(f"{name}: status {status}")
+
+
+def _handle(device: int) -> c_void_p:
+    """The one of a device (the current one), made once and kept: it may be shared by threads, and to destroy one may
+    wait for the whole device."""
+    with ON_DEVICE:
+        if device not in _handles:
+            handle = c_void_p()
+            _call(_open(), "cublasLtCreate", byref(handle))
+            _handles[device] = handle
+        return _handles[device]
+
+
+@functools.cache
 def _open() -> ctypes.CDLL:
     """The library that CuPy's own finder names, else the loader's."""
     try:

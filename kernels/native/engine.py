@@ -6,6 +6,9 @@ slot k + 1 while k runs; wait for them in any order.
 
 `run` comes from any threads, each takes free slots. Whoever uses slots by hand (`fill`, `submit`, `wait`) may do so in
 several threads too, each with slots of its own, but not beside `run`. All other calls come alone.
+
+Engines, and models of the torch family, share a GPU without waiting for each other: all work is on streams of the
+engine's own, none of which waits for the default stream, and nothing waits for the whole device.
 """
 
 import threading
@@ -20,8 +23,10 @@ from numpy.typing import NDArray
 from narsil_stream.kernels.artifact import Artifact
 from narsil_stream.kernels.backend import IdOutOfRange, RaggedBatch
 from narsil_stream.kernels.cutting import buckets, pieces
+from narsil_stream.kernels.exclusive import ON_DEVICE
 from narsil_stream.kernels.native.choose import choose
-from narsil_stream.kernels.native.layout import Blob, pack, round_up
+from narsil_stream.kernels.native.layout import HEADER_BYTES, Blob, pack, round_up
+from narsil_stream.kernels.native.memory import Memory
 from narsil_stream.kernels.native.plan import Inputs, Outputs
 from narsil_stream.kernels.native.slots import Pool
 from narsil_stream.kernels.native.source import load_module
@@ -70,31 +75,31 @@ class Slot:
         self.multi_hot = False
         self.event = cupy.cuda.Event(disable_timing=True)
         rows = engine.options.max_rows
-        self._results = cupy.cuda.alloc_pinned_memory(4 * rows + 64)
+        self._results = engine.memory.pinned(4 * rows + 64)
         results = np.frombuffer(self._results, np.int32, rows + 16)
         self.errors = results[:1]
         self._scores = results[16:].view(np.float32)
-        self.logits = cupy.zeros(rows, np.float32)
+        self.logits = engine.memory.zeros(rows, np.float32)
         """[max_rows] FP32 on the device: what went into the sigmoid."""
         self._results_ptr = int(self._results.ptr)
         self.nbytes = 0
         self.reserve(engine.blob(rows, None).nbytes)
 
     def reserve(self, nbytes: int) -> None:
-        """Take memory for packed batches of `nbytes`; graphs that were captured for the old memory go."""
-        import cupy
+        """Take memory for packed batches of `nbytes`; graphs that were captured for the old memory go.
 
-        nbytes = round_up(nbytes, 16)
+        What there was doubles at least: batches that grow little by little seldom pay for it.
+        """
         if nbytes <= self.nbytes:
             return
-        with self._engine.lock:  # nothing is captured meanwhile
+        nbytes = round_up(max(nbytes, 2 * self.nbytes), 16)
+        with ON_DEVICE:
             self.graphs.clear()
-            self._pinned = cupy.cuda.alloc_pinned_memory(nbytes)
-            self.memory = np.frombuffer(self._pinned, np.uint8, nbytes)
-            self.memory[:] = 0
-            self.device = cupy.zeros(nbytes, np.uint8)
-            self.nbytes = nbytes
-            cupy.cuda.runtime.deviceSynchronize()  # zeros ran on the default stream
+        self._pinned = self._engine.memory.pinned(nbytes)
+        self.memory = np.frombuffer(self._pinned, np.uint8, nbytes)
+        self.memory[:] = 0
+        self.device = self._engine.memory.zeros(nbytes, np.uint8)
+        self.nbytes = nbytes
 
     def begin(self, rows: int) -> tuple[Floats, NDArray[np.int32]]:
         """For a one-hot batch of `rows` rows: where its dense features [rows, n_dense] and ids [rows, n_sparse] go.
@@ -131,17 +136,18 @@ class Slot:
         offsets = start + blob.offsets if blob.offsets != blob.ids else 0
         return Inputs(start, start + blob.dense, start + blob.ids, offsets)
 
-    def copy(self, nbytes: int) -> None:
-        """Enqueue the copy of a packed batch to the device, by the copy engine."""
+    def copy(self, nbytes: int, stream: Any = None) -> None:
+        """Enqueue the copy of a packed batch to the device, by the copy engine, on the lane unless elsewhere."""
         import cupy
 
         runtime = cupy.cuda.runtime
-        runtime.memcpyAsync(self.device.data.ptr, self._pinned.ptr, nbytes, runtime.memcpyHostToDevice, self.stream.ptr)
+        to = (stream or self.stream).ptr
+        runtime.memcpyAsync(self.device.data.ptr, self._pinned.ptr, nbytes, runtime.memcpyHostToDevice, to)
 
-    def pull(self, kernel: Any, nbytes: int) -> None:
+    def pull(self, kernel: Any, nbytes: int, stream: Any) -> None:
         """Enqueue the same copy as the kernel of `pull.cu`."""
         words = -(-nbytes // 16)
-        with self.stream:
+        with stream:
             kernel((-(-words // 256),), (256,), (int(self._pinned.ptr), self.device, np.int32(words)))
 
 
@@ -156,13 +162,19 @@ class Engine:
         import cupy
 
         self.spec, self.options = artifact.spec, options
-        self._tables = upload(artifact)
-        self.plan = choose(artifact, self._tables, options)
+        self.memory = Memory()
+        self._tables = upload(artifact, self.memory)
+        self.plan = choose(artifact, self._tables, options, self.memory)
         self._streams = [cupy.cuda.Stream(non_blocking=True) for _ in range(options.lanes)]
         self._pull = load_module("pull.cu", {}, f"sm_{cupy.cuda.Device().compute_capability}").get_function("pull")
+        self._no_rows = self.memory.zeros(HEADER_BYTES, np.uint8)
         self._last: list[Slot | None] = [None] * options.lanes
         self.lock = threading.Lock()
-        """Held for `_last`, and while work is enqueued or graphs are captured; never while the device is waited for."""
+        """Held for `_last` and while work is enqueued; never while the device is waited for."""
+        self._preparing = threading.Lock()
+        """Held while the plan is prepared and a graph is captured: others' batches run meanwhile."""
+        self._capturing = cupy.cuda.Stream(non_blocking=True)
+        """Graphs are captured here: what other threads enqueue on a lane must not get into one."""
         self.slots: list[Slot] = []
         self._pool = Pool(self.slots, options.lanes)
         self.recaptured = 0
@@ -171,19 +183,20 @@ class Engine:
 
     def resize(self, max_rows: int) -> None:
         """Hold batches of up to `max_rows` rows. Nothing may be in flight; slots are new and have no graphs."""
-        import cupy
-
         if self.slots and max_rows == self.options.max_rows:
             return
         given = self.options.buckets
         self._buckets = given if given and given[-1] == max_rows else buckets(max_rows)
         self.options = replace(self.options, max_rows=max_rows)
-        self.plan.resize(max_rows)
-        self._last = [None] * self.options.lanes
+        with ON_DEVICE:  # graphs and memory go here
+            self._last = [None] * self.options.lanes
+            self._pool = Pool([], self.options.lanes)
+            self.slots.clear()
+            self.plan.resize(max_rows)
+            self.memory.release()
         count = self.options.slots or self.options.lanes + 1
         self.slots = [Slot(self, i, self._streams[i % len(self._streams)]) for i in range(count)]
         self._pool = Pool(self.slots, self.options.lanes)
-        cupy.cuda.runtime.deviceSynchronize()  # uploads and zeros ran on the default stream
 
     def bucket(self, rows: int) -> int:
         """The smallest bucket that holds `rows` rows."""
@@ -213,12 +226,13 @@ class Engine:
 
     def submit(self, slot: Slot) -> None:
         """Enqueue the slot's batch: copy, compute, scores back into pinned memory. Returns at once."""
+        graph = slot.graphs.get((slot.bucket, slot.multi_hot))
+        captured = graph is None
+        if captured:
+            graph = self._capture(slot, slot.bucket, slot.multi_hot)
+        slot.errors[0] = 0
         with self.lock:
-            graph = slot.graphs.get((slot.bucket, slot.multi_hot))
-            if graph is None:
-                graph = self._capture(slot, slot.bucket, slot.multi_hot)
-                self.recaptured += 1
-            slot.errors[0] = 0
+            self.recaptured += captured
             if (before := self._last[slot.lane]) is not None:
                 before.event.record(slot.stream)
             if slot.multi_hot:
@@ -285,35 +299,48 @@ class Engine:
 
     def close(self) -> None:
         """Wait for what is in flight and free the device's memory."""
-        import cupy
-
         for stream in self._streams:
             stream.synchronize()
-        self.slots.clear()
-        self._last.clear()
-        del self.plan, self._tables, self._pool
-        cupy.get_default_memory_pool().free_all_blocks()
-        cupy.get_default_pinned_memory_pool().free_all_blocks()
+        with ON_DEVICE:  # graphs, machine code and memory go here, with the last reference to them
+            self.slots.clear()
+            self._last.clear()
+            self.plan.close()
+            del self.plan, self._tables, self._pool, self._pull, self._no_rows
+            self.memory.release()
 
     def _capture(self, slot: Slot, size: int, multi_hot: bool) -> Any:
         """A graph for one slot and bucket. Multi-hot batches vary in length: their copy stays outside."""
-        self.plan.prepare(size, multi_hot, slot.lane, slot.stream)
+        import cupy
+
+        with self._preparing:
+            self.plan.prepare(size, multi_hot, slot.lane, slot.stream)
+            with ON_DEVICE:  # a first launch loads a kernel, which no capture may do
+                self._enqueue(slot, slot.stream, size, multi_hot, idle=True)
+            slot.stream.synchronize()
+            with ON_DEVICE:
+                self._capturing.begin_capture(cupy.cuda.runtime.streamCaptureModeThreadLocal)
+                try:
+                    self._enqueue(slot, self._capturing, size, multi_hot)
+                finally:
+                    graph = self._capturing.end_capture()
+            graph.upload(slot.stream)
+        slot.graphs[size, multi_hot] = graph
+        return graph
+
+    def _enqueue(self, slot: Slot, stream: Any, size: int, multi_hot: bool, *, idle: bool = False) -> None:
+        """What scores the batch in the slot's memory, of up to `size` rows. `idle`: as if it had no rows at all."""
         blob = self.blob(size, 0 if multi_hot else None)
         copies = self.options.copies and not multi_hot
         direct = copies and self.plan.reads_inputs_once and size <= self.options.direct_rows
-        slot.stream.begin_capture()
-        try:
-            if copies and not direct:
-                if blob.nbytes <= self.options.pull_bytes:
-                    slot.pull(self._pull, blob.nbytes)
-                else:
-                    slot.copy(blob.nbytes)
-            self.plan.enqueue(slot.stream, slot.inputs(blob, direct=direct), slot.outputs, size, slot.lane)
-        finally:
-            graph = slot.stream.end_capture()
-        graph.upload(slot.stream)
-        slot.graphs[size, multi_hot] = graph
-        return graph
+        if copies and not direct:
+            if blob.nbytes <= self.options.pull_bytes:
+                slot.pull(self._pull, blob.nbytes, stream)
+            else:
+                slot.copy(blob.nbytes, stream)
+        given = slot.inputs(blob, direct=direct)
+        if idle:
+            given = given._replace(header=int(self._no_rows.data.ptr))
+        self.plan.enqueue(stream, given, slot.outputs, size, slot.lane)
 
 
 def _empty(n_dense: int, n_sparse: int, bags: bool) -> RaggedBatch:

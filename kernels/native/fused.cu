@@ -6,7 +6,8 @@
 //   top      y = relu(W x + b); logit = w . y + bias; score = 1 / (1 + e^-logit)
 //
 // FP16 operands, FP32 sums. Inputs: header[0] = rows, dense [capacity, DENSE] FP32, ids as rows.cuh says. Output: scores
-// and logits [rows] FP32. Rows past header[0] are computed as zeros and never written.
+// and logits [rows] FP32. Rows past header[0] are computed as zeros and never written. What leaves FP16's range on the way
+// is set to its end; NaN stays NaN, and an infinite dense feature becomes NaN.
 //
 // Who does what. A block holds the activations of its 64 rows in shared memory; eight warps, two warpgroups, share every
 // layer's columns. A ninth warp streams the weights from the L2 cache through a ring of bulk copies, always ahead.
@@ -90,7 +91,7 @@ struct FirstInputs {
     // Operand A, with rows from `rows` on as zeros.
     __device__ uint32_t operand(const Block& block, int k, int i, int row0, int rows) const {
         const bool live = row0 + block.warp % 4 * 16 + block.g + i % 2 * 8 < rows;
-        return live ? pack(x[k][i][0], x[k][i][1]) : 0;
+        return live ? pack(finite(x[k][i][0]), finite(x[k][i][1])) : 0;
     }
 };
 
@@ -121,8 +122,8 @@ __device__ __forceinline__ void first_layer(const Block& block, const uint32_t (
         for (int n = 0; n < together; ++n) {
             const int tile = first + i + n;
             const uint32_t at = row + tile / 8 * BLOCK64 + ((n ^ block.g) << 4);
-            store_shared(at, relu(pack(c[n][0], c[n][1])));
-            store_shared(at + 8 * 128, relu(pack(c[n][2], c[n][3])));
+            store_shared(at, relu(c[n][0], c[n][1]));
+            store_shared(at + 8 * 128, relu(c[n][2], c[n][3]));
         }
     }
     __syncwarp();

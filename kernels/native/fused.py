@@ -16,6 +16,7 @@ from narsil_stream.kernels.native.layout import (
     round_up,
     weight_streams,
 )
+from narsil_stream.kernels.native.memory import Memory
 from narsil_stream.kernels.native.plan import Inputs, Outputs, row_defines
 from narsil_stream.kernels.native.tables import DeviceTables
 from narsil_stream.schemas.model import DlrmDot, ModelSpec
@@ -78,28 +79,26 @@ class FusedPlan:
     name = "fused"
     reads_inputs_once = True
 
-    def __init__(self, artifact: Artifact, tables: DeviceTables, split: int = 0) -> None:
+    def __init__(self, artifact: Artifact, tables: DeviceTables, memory: Memory, split: int = 0) -> None:
         """`split`: 1, 2 or 4 blocks that score the same rows, for all batches; 0 chooses by their size."""
-        import cupy
-
         if split not in (0, 1, 2, 4):
             raise ValueError(f"split is 0, 1, 2 or 4, not {split}")
-        self._spec, self._tables, self._split = artifact.spec, tables, split
+        self._spec, self._tables, self._memory, self._split = artifact.spec, tables, memory, split
         first, self._layers, bias, head = weights(artifact)
-        self._first, self._bias, self._head = cupy.asarray(first), cupy.asarray(bias), cupy.asarray(head)
+        self._first, self._bias, self._head = memory.upload(first), memory.upload(bias), memory.upload(head)
         self._streams: dict[int, Any] = {}
         self._kernels: dict[tuple[bool, int], Any] = {}
 
     def resize(self, max_rows: int) -> None:
         """Keeps nothing that depends on it."""
 
-    def prepare(self, rows: int, multi_hot: bool, lane: int, stream: Any) -> None:
-        import cupy
+    def close(self) -> None:
+        """Keeps nothing but memory."""
 
+    def prepare(self, rows: int, multi_hot: bool, lane: int, stream: Any) -> None:
         split = self._split or split_for(rows)
         if split not in self._streams:
-            self._streams[split] = cupy.asarray(weight_streams(*self._layers, split))
-            cupy.cuda.runtime.deviceSynchronize()  # the upload ran on the default stream
+            self._streams[split] = self._memory.upload(weight_streams(*self._layers, split))
         if (multi_hot, split) not in self._kernels:
             self._kernels[multi_hot, split] = self._load(multi_hot, split)
 
@@ -127,7 +126,7 @@ class FusedPlan:
     def _load(self, multi_hot: bool, split: int) -> Any:
         defines = defines_of(self._spec, self._tables.row_bytes, multi_hot, split)
         kernel = source.load_module("fused.cu", defines, "sm_90a").get_function("fused")
-        kernel.max_dynamic_shared_size_bytes = shared_bytes(split)
+        source.allow_shared_memory(kernel, shared_bytes(split))
         return kernel
 
 

@@ -9,6 +9,7 @@ from narsil_stream.kernels.artifact import Artifact
 from narsil_stream.kernels.native import source
 from narsil_stream.kernels.native.cublaslt import WORKSPACE_BYTES, Library, Product
 from narsil_stream.kernels.native.layout import round_up
+from narsil_stream.kernels.native.memory import Memory
 from narsil_stream.kernels.native.operands import STORED, Layer, Operands, encode, operands, z_width
 from narsil_stream.kernels.native.plan import Inputs, Outputs, row_defines
 from narsil_stream.kernels.native.tables import DeviceTables
@@ -34,6 +35,8 @@ class Scratch(NamedTuple):
     top: list[Any]
     """Input of each product of the top MLP, then of the head. The first: the interaction's output."""
     workspace: Any
+    checked: Any
+    """[buffers, 2] INT64 on the device: address and width of each that a cuBLASLt product writes or reads."""
 
 
 class Products(NamedTuple):
@@ -48,13 +51,16 @@ class LayersPlan:
     name = "layers"
     reads_inputs_once = False
 
-    def __init__(self, artifact: Artifact, tables: DeviceTables, precision: str, arch: str, max_rows: int) -> None:
+    def __init__(
+        self, artifact: Artifact, tables: DeviceTables, memory: Memory, precision: str, arch: str, max_rows: int
+    ) -> None:
         """`precision`: fp16, bf16, tf32 or fp32, of the MLPs and the interaction."""
+        self._memory = memory
         self._spec, self._tables, self._precision, self._arch = artifact.spec, tables, precision, arch
         self._max_rows = max_rows
         self._item_bytes = np.dtype(STORED[precision]).itemsize
         self._z_width = z_width(artifact.spec)
-        self._weights = _upload(operands(artifact), precision)
+        self._weights = _upload(operands(artifact), precision, memory)
         self._library = Library()
         self._kernels: dict[bool, dict[str, Any]] = {}
         self._scratch: dict[int, Scratch] = {}
@@ -63,7 +69,10 @@ class LayersPlan:
     def resize(self, max_rows: int) -> None:
         self._max_rows = max_rows
         self._scratch.clear()
-        self._products.clear()
+        self._forget()
+
+    def close(self) -> None:
+        self._forget()
 
     def prepare(self, rows: int, multi_hot: bool, lane: int, stream: Any) -> None:
         if multi_hot not in self._kernels:
@@ -90,8 +99,12 @@ class LayersPlan:
             for product in products.top:
                 product(stream.ptr)
             blocks = -(-rows // _SAMPLES_A_BLOCK)
-            args = (given.header, scratch.top[-1], self._weights.head, out.scores, out.logits)
+            args = (given.header, scratch.checked, scratch.top[-1], self._weights.head, out.scores, out.logits)
             kernels["head"]((blocks,), (128,), args)
+
+    def _forget(self) -> None:
+        self._products.clear()
+        self._library.forget()
 
     def _interact(self, kernel: Any, args: tuple[Any, ...], rows: int) -> None:
         if self._item_bytes == 2:
@@ -124,27 +137,27 @@ class LayersPlan:
         module = source.load_module(file, defines, self._arch)
         kernels = {key: module.get_function(name) for key, name in names.items()}
         if "interact" in kernels and self._shared_bytes > 48 << 10:
-            kernels["interact"].max_dynamic_shared_size_bytes = self._shared_bytes
+            source.allow_shared_memory(kernels["interact"], self._shared_bytes)
         return kernels
 
     def _allocate(self) -> Scratch:
-        import cupy
-
         def buffer(width: int) -> Any:
-            return cupy.zeros((self._max_rows, width), STORED[self._precision])
+            return self._memory.zeros((self._max_rows, width), STORED[self._precision])
 
         weights = self._weights
         vectors = self._z_width if weights.cross else round_up(self._spec.architecture.dim, 16)
-        scratch = Scratch(
-            bottom=[buffer(layer.inputs) for layer in weights.bottom],
-            x0=buffer(vectors),
+        bottom, x0 = [buffer(layer.inputs) for layer in weights.bottom], buffer(vectors)
+        top = [buffer(width) for width in (self._z_width, *(layer.outputs for layer in weights.top))]
+        checked = [(int(one.data.ptr), int(one.shape[1])) for one in (*bottom, x0, *top)]
+        return Scratch(
+            bottom=bottom,
+            x0=x0,
             narrow=buffer(weights.cross[0][0].outputs) if weights.cross else None,
             wide=buffer(self._z_width) if weights.cross else None,
-            top=[buffer(width) for width in (self._z_width, *(layer.outputs for layer in weights.top))],
-            workspace=cupy.empty(WORKSPACE_BYTES, np.uint8),
+            top=top,
+            workspace=self._memory.zeros(WORKSPACE_BYTES, np.uint8),
+            checked=self._memory.upload(np.array(checked, np.int64)),
         )
-        cupy.cuda.runtime.deviceSynchronize()  # zeros ran on the default stream
-        return scratch
 
     def _tune(self, rows: int, scratch: Scratch, stream: Any) -> Products:
         def plan(layer: Layer, x: Any, y: Any) -> Launch:
@@ -191,6 +204,7 @@ def defines_of(spec: ModelSpec, row_bytes: int, multi_hot: bool, precision: str)
     return row_defines(spec, row_bytes, multi_hot) | {
         "ZP": z_width(spec),
         "HEAD": round_up(top[-2], 8) if len(top) > 1 else z_width(spec),
+        "CHECKED": len(spec.architecture.bottom) + 1 + len(top) if precision == "fp16" else 0,
         "MLP_BYTES": np.dtype(STORED[precision]).itemsize,
         "BF16": int(precision == "bf16"),
     }
@@ -200,17 +214,16 @@ def _grid(threads: int) -> tuple[int]:
     return (-(-threads // _THREADS),)
 
 
-def _upload(weights: Operands, precision: str) -> Operands:
+def _upload(weights: Operands, precision: str, memory: Memory) -> Operands:
     """The same on the device, in the precision's type; the head stays FP32."""
-    import cupy
 
     def moved(layer: Layer) -> Layer:
-        bias = None if layer.bias is None else cupy.asarray(encode(layer.bias, precision))
-        return Layer(cupy.asarray(encode(layer.weight, precision)), bias, layer.relu)
+        bias = None if layer.bias is None else memory.upload(encode(layer.bias, precision))
+        return Layer(memory.upload(encode(layer.weight, precision)), bias, layer.relu)
 
     return Operands(
         bottom=[moved(layer) for layer in weights.bottom],
         cross=[(moved(v), moved(w)) for v, w in weights.cross],
         top=[moved(layer) for layer in weights.top],
-        head=cupy.asarray(weights.head),
+        head=memory.upload(weights.head),
     )

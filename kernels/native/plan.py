@@ -36,8 +36,14 @@ class Plan(Protocol):
     def resize(self, max_rows: int) -> None:
         """Batches have up to `max_rows` rows from now on; what was prepared is void."""
 
+    def close(self) -> None:
+        """Give back what is not memory. Nothing may be in flight."""
+
     def prepare(self, rows: int, multi_hot: bool, lane: int, stream: Any) -> None:
-        """Compile, allocate and tune for batches of up to `rows` rows. Nothing of it may happen while capturing."""
+        """Compile, allocate and tune for batches of up to `rows` rows. Nothing of it may happen while capturing.
+
+        One thread at a time. Work goes to `stream`, the lane's.
+        """
 
     def enqueue(self, stream: Any, given: Inputs, out: Outputs, rows: int, lane: int) -> None:
         """Launch what scores a batch of up to `rows` rows. Only launches: this is captured into a graph.

@@ -65,14 +65,21 @@ struct Raw {                        // what a lane reads of one row
     uint32_t scale_bias;
 };
 
+// Two numbers in 16 bits each. FP16: what is beyond its range becomes its largest number, 65504, by the same one
+// instruction; NaN stays NaN.
 __device__ __forceinline__ uint32_t pack(float low, float high) {
 #if BF16
     __nv_bfloat162 h = __floats2bfloat162_rn(low, high);
-#else
-    __half2 h = __floats2half2_rn(low, high);
-#endif
     return *reinterpret_cast<uint32_t*>(&h);
+#else
+    uint32_t h;
+    asm("cvt.rn.satfinite.f16x2.f32 %0, %1, %2;" : "=r"(h) : "f"(high), "f"(low));
+    return h;
+#endif
 }
+
+// Infinite becomes NaN: it is no large number but what somebody made of one, and must show.
+__device__ __forceinline__ float finite(float v) { return fmaf(v, 0.f, v); }
 
 __device__ __forceinline__ __half2 as_half2(uint32_t word) { return *reinterpret_cast<__half2*>(&word); }
 __device__ __forceinline__ uint32_t as_word(__half2 h) { return *reinterpret_cast<uint32_t*>(&h); }

@@ -1,13 +1,15 @@
-"""The CUDA sources beside this file: put together for a model, compiled once, kept on disk."""
+"""The CUDA sources beside this file: put together for a model, compiled once, loaded."""
 
 import hashlib
-import importlib
 import importlib.util
 import os
-import secrets
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
+
+from narsil_stream.kernels.exclusive import ON_DEVICE
+from narsil_stream.kernels.native import nvrtc
+from narsil_stream.kernels.native.cache import cached
 
 HERE = Path(__file__).parent
 _INCLUDED = ("ends.cuh", "rows.cuh", "hopper.cuh", "block.cuh", "gather.cuh")
@@ -28,34 +30,41 @@ def text(name: str, defines: Mapping[str, object]) -> str:
 
 
 def load_module(name: str, defines: Mapping[str, object], arch: str) -> Any:
-    """A CuPy RawModule of `name` for `arch` (e.g. "sm_90a"), compiled by NVRTC unless the cache has it.
+    """A CuPy Module of `name` for `arch` (e.g. "sm_90a"), compiled by NVRTC unless the cache has it.
 
-    Raises CompileError.
+    It is unloaded when nobody refers to it or its functions any more. Raises CompileError.
     """
     import cupy
 
-    return cupy.RawModule(path=str(compiled(text(name, defines), name, arch)))
+    code = compiled(text(name, defines), name, arch)
+    module = cupy.cuda.Module()
+    with ON_DEVICE:
+        module.load(code)
+    return module
 
 
-def compiled(source: str, name: str, arch: str) -> Path:
-    """The machine code of `source`, from the cache or compiled now. Several processes may do so at once."""
-    nvrtc: Any = importlib.import_module("cupy_backends.cuda.libs.nvrtc")
-    key = hashlib.sha256(f"{nvrtc.getVersion()} {arch}\n{source}".encode()).hexdigest()[:32]
-    path = cache_folder() / f"{Path(name).stem}-{arch}-{key}.cubin"
-    if not path.is_file():
-        path.parent.mkdir(parents=True, exist_ok=True)
-        fresh = path.with_suffix(f".{secrets.token_hex(4)}.tmp")
-        fresh.write_bytes(_compile(nvrtc, source, name, arch))
-        fresh.rename(path)
-    return path
+def allow_shared_memory(kernel: Any, nbytes: int) -> None:
+    """Let a CuPy Function be launched with so many bytes of dynamic shared memory: beyond 48 KB a kernel has to ask."""
+    from cupy.cuda import driver
+
+    driver.funcSetAttribute(kernel.ptr, driver.CU_FUNC_ATTRIBUTE_MAX_DYNAMIC_SHARED_SIZE_BYTES, nbytes)
 
 
-def cache_folder() -> Path:
-    """Where machine code is kept: $NARSIL_KERNEL_CACHE, or narsil-stream/kernels in the user's cache folder."""
-    if folder := os.environ.get("NARSIL_KERNEL_CACHE"):
-        return Path(folder)
-    base = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
-    return Path(base) / "narsil-stream" / "kernels"
+def compiled(source: str, name: str, arch: str) -> bytes:
+    """The machine code of `source`, from the cache or compiled now. Several processes may do so at once.
+
+    Raises CompileError.
+    """
+    try:
+        key = hashlib.sha256(f"{nvrtc.version()} {arch}\n{source}".encode()).hexdigest()[:32]
+        return cached(f"{Path(name).stem}-{arch}-{key}.bin", lambda: nvrtc.compile_source(source, name, options(arch)))
+    except nvrtc.NvrtcError as error:
+        raise CompileError(f"{name} for {arch}: {error}") from error
+
+
+def options(arch: str) -> tuple[str, ...]:
+    """Of NVRTC."""
+    return (f"-arch={arch}", "-std=c++17", "-default-device", f"-I{header_folder()}")
 
 
 def header_folder() -> Path:
@@ -75,14 +84,3 @@ def _wheel_folders() -> list[Path]:
     spec = importlib.util.find_spec("nvidia")
     roots = [Path(root) for root in (spec.submodule_search_locations or [])] if spec else []
     return [root / part / "include" for root in roots for part in ("cu13", "cuda_runtime")]
-
-
-def _compile(nvrtc: Any, source: str, name: str, arch: str) -> bytes:
-    program = nvrtc.createProgram(source, name, (), ())
-    try:
-        nvrtc.compileProgram(program, (f"-arch={arch}", "-std=c++17", "-default-device", f"-I{header_folder()}"))
-        return bytes(nvrtc.getCUBIN(program))
-    except nvrtc.NVRTCError as error:
-        raise CompileError(f"{name} for {arch}: {error}\n{nvrtc.getProgramLog(program)}") from error
-    finally:
-        nvrtc.destroyProgram(program)

@@ -6,6 +6,7 @@ import numpy as np
 
 from narsil_stream.kernels.artifact import Artifact
 from narsil_stream.kernels.native.layout import round_up
+from narsil_stream.kernels.native.memory import Memory
 from narsil_stream.kernels.reference import Rows, lookup
 
 _BYTES = {"FP32": 4, "FP16": 2, "INT8": 1}
@@ -31,16 +32,14 @@ class DeviceTables(NamedTuple):
         return self.rows.data.ptr, self.scale_bias.data.ptr, self.base.data.ptr, self.count.data.ptr
 
 
-def upload(artifact: Artifact) -> DeviceTables:
+def upload(artifact: Artifact, memory: Memory) -> DeviceTables:
     """Rows keep their type; a model whose tables differ in type gets FP32 rows, decoded here, for all."""
-    import cupy
-
     spec = artifact.spec
     kinds = {table.dtype for table in spec.tables}
     row_bytes = _BYTES[kinds.pop()] if len(kinds) == 1 else 4
     dim, total = spec.architecture.dim, sum(table.rows for table in spec.tables)
-    rows = cupy.zeros((total, round_up(dim, 16)), _TYPES[row_bytes])
-    scale_bias = cupy.zeros((total if row_bytes == 1 else 1, 2), np.float16)
+    rows = memory.zeros((total, round_up(dim, 16)), _TYPES[row_bytes])
+    scale_bias = memory.zeros((total if row_bytes == 1 else 1, 2), np.float16)
     starts = np.cumsum([0] + [table.rows for table in spec.tables]).astype(np.int64)
     for table, start in zip(spec.tables, starts[:-1].tolist(), strict=True):
         part = slice(start, start + table.rows)
@@ -48,10 +47,10 @@ def upload(artifact: Artifact) -> DeviceTables:
             artifact.tensors[f"tables.{table.name}.weight"], artifact.tensors.get(f"tables.{table.name}.scale_bias")
         )
         if stored.weight.itemsize == row_bytes:
-            rows[part, :dim] = cupy.asarray(stored.weight)
+            memory.write(rows[part], stored.weight)
             if stored.scale_bias is not None:
-                scale_bias[part] = cupy.asarray(stored.scale_bias)
+                memory.write(scale_bias[part], stored.scale_bias)
         else:
-            rows[part, :dim] = cupy.asarray(lookup(stored, np.arange(table.rows, dtype=np.int32)))
+            memory.write(rows[part], lookup(stored, np.arange(table.rows, dtype=np.int32)))
     count = np.array([table.rows for table in spec.tables], np.int32)
-    return DeviceTables(rows, scale_bias, cupy.asarray(starts[:-1]), cupy.asarray(count), row_bytes)
+    return DeviceTables(rows, scale_bias, memory.upload(starts[:-1]), memory.upload(count), row_bytes)

@@ -1,7 +1,8 @@
 """The torch family on CUDA: a graph for each bucket of rows, captured at warm-up on a stream of its own.
 
 Everything that a graph touches was allocated before: pinned staging, its mirror on the device, the weights. All work of
-a backend is on its stream, so CuPy or another torch model in the same process may use the same GPU meanwhile.
+a backend is on its stream, so CuPy or another torch model in the same process may use the same GPU meanwhile: nothing
+here waits for the whole device.
 """
 
 import contextlib
@@ -15,6 +16,7 @@ from numpy.typing import NDArray
 from narsil_stream.kernels.artifact import Artifact
 from narsil_stream.kernels.backend import PROTOCOL, BackendInfo, RaggedBatch
 from narsil_stream.kernels.cutting import buckets, pieces
+from narsil_stream.kernels.exclusive import ON_DEVICE
 from narsil_stream.kernels.torch_family.devices import DTYPES
 from narsil_stream.kernels.torch_family.network import Layer, Network
 from narsil_stream.kernels.torch_family.packing import Packed, Packing
@@ -28,6 +30,9 @@ _ALIGN = 8
 """Widths that are multiples of it go to the tensor cores in FP16 and BF16 as they are."""
 _IDS_A_BAG = 4
 """Of a multi-hot batch, on average: memory taken for its ids. Batches with more are cut."""
+_streams: list[Any] = []
+"""Of models that are gone. torch has 32 streams and gives them out in turn, so that one that came and went often would
+share a stream with one that stayed: its captures would then record what the other enqueues."""
 
 
 class Staging(NamedTuple):
@@ -56,7 +61,7 @@ class CudaBackend:
     def __init__(self, artifact: Artifact, precision: str) -> None:
         self._spec, self._precision = artifact.spec, precision
         self._packing = Packing(artifact.spec, _ALIGN)
-        self.stream = torch.cuda.Stream()
+        self.stream = _streams.pop() if _streams else torch.cuda.Stream()
         self._buckets: tuple[int, ...] = ()
         self._graphs: dict[tuple[int, bool], Any] = {}
         self.eager = 0
@@ -143,10 +148,13 @@ class CudaBackend:
 
     def unload(self) -> None:
         self.stream.synchronize()
-        self._graphs.clear()
-        for held in ("_network", "_staging"):
-            vars(self).pop(held, None)
-        torch.cuda.empty_cache()
+        with ON_DEVICE:
+            self._graphs.clear()
+            for held in ("_network", "_staging"):
+                vars(self).pop(held, None)
+            torch.cuda.empty_cache()
+        if self.stream not in _streams:
+            _streams.append(self.stream)
 
     def fill(self, batch: RaggedBatch) -> Filled:
         """Pack a batch, which fits the largest bucket, into the staging memory. Raises IdOutOfRange."""
@@ -172,14 +180,18 @@ class CudaBackend:
         scores[:] = torch.from_numpy(self.logits(batch)).sigmoid().numpy()
 
     def _capture(self, rows: int, multi_hot: bool, pool: Any) -> Any:
-        fixed = None if multi_hot else torch.from_numpy(self._packing.one_hot_offsets(rows)).cuda()
-        with torch.inference_mode():
-            with torch.cuda.stream(self.stream):
-                self._enqueue(rows, fixed)  # libraries choose and allocate in a first run
+        """`torch.cuda.graph` would wait for the whole device first, which another model keeps busy."""
+        with torch.inference_mode(), torch.cuda.stream(self.stream):
+            fixed = None if multi_hot else torch.from_numpy(self._packing.one_hot_offsets(rows)).cuda()
+            self._enqueue(rows, fixed)  # libraries choose and allocate in a first run
             self.stream.synchronize()
             graph = torch.cuda.CUDAGraph()
-            with torch.cuda.graph(graph, pool=pool, stream=self.stream, capture_error_mode="thread_local"):
-                self._enqueue(rows, fixed)
+            with ON_DEVICE:
+                graph.capture_begin(pool=pool, capture_error_mode="thread_local")
+                try:
+                    self._enqueue(rows, fixed)
+                finally:
+                    graph.capture_end()
         return _Graph(graph, fixed)
 
     def _enqueue(self, rows: int, fixed_offsets: Any) -> None:

@@ -20,6 +20,7 @@ from narsil_stream.kernels.init import Cross, plain_spec, random_batch, random_m
 from narsil_stream.kernels.native.fused import FusedPlan
 from narsil_stream.kernels.native.layers import Launch, LayersPlan, Products
 from narsil_stream.kernels.native.layout import Blob, pack
+from narsil_stream.kernels.native.memory import Memory
 from narsil_stream.kernels.native.plan import Inputs, Outputs, Plan
 from narsil_stream.kernels.native.source import load_module
 from narsil_stream.kernels.native.tables import upload
@@ -34,8 +35,9 @@ class Given(NamedTuple):
 
     artifact: Artifact
     batch: RaggedBatch
+    memory: Memory
     tables: Any
-    memory: Any
+    packed: Any
     inputs: Inputs
     results: Any
     """[2, BUCKET] FP32: scores, logits."""
@@ -43,33 +45,35 @@ class Given(NamedTuple):
     stream: Any
 
     def run(self, plan: Plan) -> None:
-        import cupy
-
         plan.prepare(BUCKET, self.batch.lengths is not None, 0, self.stream)
-        cupy.cuda.runtime.deviceSynchronize()
+        self.stream.synchronize()
         scores, logits = (row.data.ptr for row in self.results)
         plan.enqueue(self.stream, self.inputs, Outputs(scores, logits, self.errors.data.ptr), BUCKET, 0)
         self.stream.synchronize()
         assert int(self.errors[0]) == 0
         assert not self.results.get()[:, ROWS:].any()
+        plan.close()
 
 
-def given(dtype: Any, bag: int | None, cross: Cross | None = None) -> Given:
+def given(dtype: Any, bag: int | None, cross: Cross | None = None, dense: float | None = None) -> Given:
+    """`dense`: all features of row 3."""
     import cupy
 
     spec = plain_spec("small", 5, (9, 10, 11), 16, (32,), (40,), dtype, cross=cross, pooling="mean" if bag else "sum")
     artifact = random_model(spec, seed=1)
     batch = random_batch(spec, ROWS, seed=2, bag=bag)
+    if dense is not None:
+        batch.dense[3] = dense
     blob = Blob.one_hot(BUCKET, 5, 3) if bag is None else Blob.multi_hot(BUCKET, 5, 3, batch.ids.size)
     packed = np.zeros(blob.nbytes, np.uint8)
     pack(packed, blob, batch)
-    memory = cupy.asarray(packed)
-    at = memory.data.ptr
+    memory = Memory(cupy.cuda.alloc)  # each array by itself, without a pool: `main`
+    on_device = memory.upload(packed)
+    at = on_device.data.ptr
     inputs = Inputs(at, at + blob.dense, at + blob.ids, 0 if bag is None else at + blob.offsets)
-    results, errors = cupy.zeros((2, BUCKET), np.float32), cupy.zeros(1, np.int32)
-    return Given(
-        artifact, batch, upload(artifact), memory, inputs, results, errors, cupy.cuda.Stream(non_blocking=True)
-    )
+    results, errors = memory.zeros((2, BUCKET), np.float32), memory.zeros(1, np.int32)
+    stream = cupy.cuda.Stream(non_blocking=True)
+    return Given(artifact, batch, memory, upload(artifact, memory), on_device, inputs, results, errors, stream)
 
 
 def vectors(one: Given) -> Any:
@@ -89,17 +93,15 @@ def vectors(one: Given) -> Any:
 
 def fused(split: int, dtype: str, bag: int | None) -> None:
     one = given(dtype, bag)
-    one.run(FusedPlan(one.artifact, one.tables, split))
+    one.run(FusedPlan(one.artifact, one.tables, one.memory, split))
     expected = sigmoid(Reference(one.artifact).logits(one.batch))
     np.testing.assert_allclose(one.results.get()[0, :ROWS], expected, rtol=0, atol=2e-3)
 
 
 def layers(precision: str, dtype: str, bag: int | None, cross: Cross | None = None) -> None:
-    import cupy
-
     one = given(dtype, bag, cross)
-    arch = f"sm_{cupy.cuda.Device().compute_capability}"
-    plan = LayersPlan(one.artifact, one.tables, precision, arch, BUCKET)
+    arch = f"sm_{cupy_arch()}"
+    plan = LayersPlan(one.artifact, one.tables, one.memory, precision, arch, BUCKET)
 
     nothing: Launch = lambda stream: None  # noqa: E731  (in the place of a product)
     plan._products[BUCKET, 0] = Products([], [(nothing, nothing)] * (cross.layers if cross else 0), [])
@@ -116,11 +118,33 @@ def layers(precision: str, dtype: str, bag: int | None, cross: Cross | None = No
     np.testing.assert_allclose(one.results.get()[1, :ROWS], bias, atol=1e-6)
 
 
+def huge(kernels: str) -> None:
+    """A row beyond FP16's range: a finite score of the fused kernel; head looks at what products read and wrote."""
+    one = given("INT8", None, dense=1e30 if kernels == "fused" else np.inf)
+    if kernels == "fused":
+        one.run(FusedPlan(one.artifact, one.tables, one.memory, 4))
+    else:
+        arch = f"sm_{cupy_arch()}"
+        plan = LayersPlan(one.artifact, one.tables, one.memory, "fp16", arch, BUCKET)
+        plan._products[BUCKET, 0] = Products([], [], [])
+        one.run(plan)
+    broken = np.isnan(one.results.get()[:, :ROWS])
+    expected = np.zeros((2, ROWS), bool)
+    expected[:, 3] = kernels == "layers"
+    np.testing.assert_array_equal(broken, expected)
+
+
+def cupy_arch() -> str:
+    import cupy
+
+    return str(cupy.cuda.Device().compute_capability)
+
+
 def pull() -> None:
     import cupy
 
     source, to = cupy.arange(4 * 300, dtype=np.int32), cupy.zeros(4 * 300, np.int32)
-    kernel = load_module("pull.cu", {}, f"sm_{cupy.cuda.Device().compute_capability}").get_function("pull")
+    kernel = load_module("pull.cu", {}, f"sm_{cupy_arch()}").get_function("pull")
     kernel((2,), (256,), (source, to, np.int32(300)))
     np.testing.assert_array_equal(to.get(), source.get())
 
@@ -138,6 +162,8 @@ CASES: dict[str, Callable[[], None]] = {
     "fused-2": lambda: fused(2, "INT8", None),
     "fused-4": lambda: fused(4, "INT8", None),
     "fused-4-bags": lambda: fused(4, "FP32", 3),
+    "fused-huge": lambda: huge("fused"),
+    "layers-huge": lambda: huge("layers"),
 }
 
 

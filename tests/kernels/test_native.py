@@ -1,6 +1,5 @@
 """The native backend where there is no GPU: layouts, what it takes and refuses, and that its kernels compile."""
 
-import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -16,7 +15,7 @@ from msgspec.structs import replace
 from narsil_stream.kernels import native
 from narsil_stream.kernels.artifact import Artifact
 from narsil_stream.kernels.init import Cross, criteo_spec, random_batch, random_model
-from narsil_stream.kernels.native import fused, layers, layout, operands, source
+from narsil_stream.kernels.native import fused, layout, operands
 from narsil_stream.kernels.reference import Reference, interact
 from narsil_stream.schemas.model import DcnV2, DlrmDot, ModelSpec
 
@@ -27,34 +26,6 @@ CROSS = criteo_spec(rows=50, dim=128, bottom=(512, 256), top=(1024, 512, 256), c
 ODD = replace(SPEC, architecture=DlrmDot(3, 20, (7, 20), (9, 5, 1)), tables=SPEC.tables[:4], preprocessing=None)
 ODD_CROSS = replace(ODD, architecture=DcnV2(3, 20, (7, 20), (9, 5, 1), cross_layers=3, cross_rank=5))
 FLAT_CROSS = replace(ODD, architecture=DcnV2(3, 20, (20,), (1,), cross_layers=1, cross_rank=70))
-
-ALL_GPUS = ("sm_80", "sm_89", "sm_90")
-SOURCES = {
-    "layers-fp16-int8": ("layers.cu", layers.defines_of(SPEC, 1, False, "fp16"), ALL_GPUS),
-    "layers-bf16-int8": ("layers.cu", layers.defines_of(SPEC, 1, False, "bf16"), ALL_GPUS),
-    "layers-bf16-fp16-bags": ("layers.cu", layers.defines_of(ODD, 2, True, "bf16"), ALL_GPUS),
-    "layers-fp32-bags": ("layers.cu", layers.defines_of(SPEC, 4, True, "fp32"), ALL_GPUS),
-    "cross-fp16-int8": ("cross.cu", layers.defines_of(CROSS, 1, False, "fp16"), ALL_GPUS),
-    "cross-fp16-fp16-bags": ("cross.cu", layers.defines_of(ODD_CROSS, 2, True, "fp16"), ALL_GPUS),
-    "cross-bf16-fp32": ("cross.cu", layers.defines_of(CROSS, 4, False, "bf16"), ALL_GPUS),
-    "cross-fp32-int8-bags": ("cross.cu", layers.defines_of(CROSS, 1, True, "fp32"), ALL_GPUS),
-    "fused-4": ("fused.cu", fused.defines_of(SPEC, 1, False, 4), (*ALL_GPUS, "sm_90a")),
-    "fused-1-bags": ("fused.cu", fused.defines_of(SPEC, 2, True, 1), ("sm_90a",)),
-    "pull": ("pull.cu", {}, ALL_GPUS),
-}
-
-
-@pytest.mark.parametrize(("name", "arch"), [(name, arch) for name in SOURCES for arch in SOURCES[name][2]])
-def test_kernels_compile_for_every_supported_gpu(tmp_path: Path, name: str, arch: str) -> None:
-    """A kernel that compiles only where its author sat is found out by a user. The fused one is empty below sm_90a."""
-    nvcc = shutil.which("nvcc")
-    if nvcc is None:
-        pytest.skip("no nvcc on this machine")
-    file, defines, _ = SOURCES[name]
-    (tmp_path / "kernel.cu").write_text(source.text(file, defines))
-    command = [nvcc, "-std=c++17", f"-arch={arch}", "-cubin", "-o", str(tmp_path / "out")]
-    done = subprocess.run([*command, str(tmp_path / "kernel.cu")], capture_output=True, text=True, check=False)
-    assert done.returncode == 0, done.stderr
 
 
 def test_importing_the_package_imports_no_cupy() -> None:

@@ -75,6 +75,28 @@ def _load(family: parity.Family, model: Artifact) -> Backend:
     return loaded
 
 
+AROUND_BUCKETS = [size + off for size in (128, 256, 512, 1024, 2048) for off in (-1, 0, 1)]
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize(("kernels", "split"), [("layers", 0), ("fused", 1), ("fused", 4)])
+@pytest.mark.parametrize("bags", parity.BAGS)
+def test_each_way_of_the_native_kernels_scores_trained_models(
+    models: Models, rows: RowType, kernels: str, split: int, bags: str
+) -> None:
+    """The backend chooses one way for a GPU, a model and a batch: the others must be as right."""
+    from narsil_stream.kernels.native.engine import Engine, Options
+
+    model = models["dlrm-dot", rows]
+    engine = Engine(model, Options(kernels=kernels, split=split, max_rows=2048))
+    for size in AROUND_BUCKETS:
+        batch = random_batch(model.spec, size, seed=size, bag=parity.BAGS[bags])
+        found = parity.apart(engine, model, batch)
+        assert found.score <= parity.LIMITS["fp16"].score, f"{size} rows"
+        assert found.logit <= parity.LIMITS["fp16"].logit, f"{size} rows"
+    engine.close()
+
+
 @pytest.mark.parametrize("bags", parity.BAGS)
 def test_scores_and_logits_stay_within_the_precisions_limit(
     backend: Backend, family: parity.Family, models: Models, architecture: str, rows: RowType, bags: str
