@@ -228,7 +228,7 @@ class Engine:
         """Enqueue the slot's batch: copy, compute, scores back into pinned memory. Returns at once."""
         graph = slot.graphs.get((slot.bucket, slot.multi_hot))
         captured = graph is None
-        if captured:
+        if graph is None:
             graph = self._capture(slot, slot.bucket, slot.multi_hot)
         slot.errors[0] = 0
         with self.lock:
