@@ -2,7 +2,7 @@
 
 from msgspec import Struct
 
-from narsil_stream.actors.queue import ModelKey, Ticket
+from narsil_stream.actors.queue import ModelKey, State, Ticket
 from narsil_stream.core.config import Config
 from narsil_stream.schemas.errors import Fault
 from narsil_stream.schemas.internal import Demand, Slot
@@ -59,6 +59,12 @@ class Drop(Struct, frozen=True):
     fault: Fault
     detail: str
     retry_after_us: int = 0
+
+
+def dropped(ticket: Ticket, fault: Fault, detail: str, retry_after_us: int = 0) -> Drop:
+    """The end of this ticket."""
+    ticket.state = State.DONE
+    return Drop(ticket, fault, detail, retry_after_us)
 
 
 class Plead(Struct, frozen=True):

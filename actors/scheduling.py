@@ -7,23 +7,19 @@ A batch whose executor is lost or silent is sent once more, to another one. A ba
 culprit.
 """
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from itertools import chain
 
-from narsil_stream.actors.decisions import Decision, Dispatch, Drop, Plead, Rules
+from narsil_stream.actors.decisions import Decision, Dispatch, Drop, Rules, dropped
 from narsil_stream.actors.flights import DEMAND_EVERY_US, Executor, Fleet, Flight, Group
+from narsil_stream.actors.forecast import Forecast
+from narsil_stream.actors.pleading import Pleading
 from narsil_stream.actors.queue import ModelKey, Queue, State, Ticket
-from narsil_stream.actors.service_time import Pace, ServiceTimes
+from narsil_stream.actors.retrying import Retries
 from narsil_stream.schemas.errors import Fault, Refused, named
-from narsil_stream.schemas.internal import Demand, ExecutorBeat, Result, Slot
+from narsil_stream.schemas.internal import ExecutorBeat, Result, Slot
 
-MAX_SENDS = 2
-"""A batch goes to one executor and, if that one is lost or silent, to one other."""
-MAX_BOUNCES = 8
-"""So often a batch may meet a void slot: more means that executors take back what they lease."""
 FLOAT_BYTES = 4
-MARGIN = 1.25
-"""Of the predicted wait at admission: a queue that is filled up to the deadlines misses half of them."""
 
 
 class Scheduler:
@@ -34,9 +30,9 @@ class Scheduler:
         self.rules = rules
         self.executors = Fleet()
         self.queues: dict[ModelKey, Queue] = {}
-        self.retries: list[Group] = []
-        self.times = ServiceTimes()
-        self.paces: dict[ModelKey, Pace] = {}
+        self.retries = Retries(self.executors)
+        self.forecast = Forecast(self.executors, self.queues)
+        self.pleading = Pleading(name, self.executors, self.queues, self.retries)
         self._batches = 0
         self._decided_us = 0
         self._told_rows = 0
@@ -63,14 +59,13 @@ class Scheduler:
                 f"{ticket.rows} rows of {ticket.bytes} bytes; a request holds at most {rules.max_rows} rows"
                 f" and {rules.max_bytes} bytes",
             )
-        serving = self.executors.serving(ticket.model)
         if not self.executors.offered(ticket.model):
             raise Refused(Fault.UNAVAILABLE, "no executor is alive for this model", rules.lease_us)
         rows = self.rows
         if rows + ticket.rows > rules.queue_rows or self.bytes + ticket.bytes > rules.queue_bytes:
-            wait_us = self._wait_us(serving, now_us)
+            wait_us = self.forecast.wait_us(ticket.model, now_us)
             raise Refused(Fault.OVERLOADED, f"the queue is full: {rows} rows wait", max(wait_us, 1_000))
-        late_us = self._late_by(ticket, serving, now_us)
+        late_us = self.forecast.late_by(ticket, now_us)
         if late_us > 0:
             budget_us = ticket.deadline_us - ticket.arrived_us
             raise Refused(
@@ -97,14 +92,14 @@ class Scheduler:
         decisions: list[Decision] = []
         for flight in executor.hear(beat, self.name, now_us):
             flight.group.avoid.discard(executor.id)
-            decisions += self._again(flight.group)
+            decisions += self.retries.again(flight.group)
         return decisions
 
     def grant(self, executor: str, slot: Slot) -> None:
         if executor in self.executors:
             self.executors[executor].offer_slot(slot)
 
-    def result(self, result: Result, now_us: int) -> tuple[list[Ticket], list[Decision]]:
+    def result(self, result: Result, now_us: int) -> tuple[list[Ticket], Sequence[Decision]]:
         """A batch came back. Returns its tickets in row order if they are scored now, and drops."""
         executor = self.executors.get(result.executor)
         if executor is None:
@@ -118,23 +113,23 @@ class Scheduler:
         group = flight.group
         size = result.scores.nbytes
         if size == flight.rows * FLOAT_BYTES:
-            self.times.observe(group.model, flight.rows, result.service_us)
+            self.forecast.times.observe(group.model, flight.rows, result.service_us)
             tickets = [] if group.done else flight.tickets
             group.done = True
             return tickets, []
         if group.done:
             return [], []
         if not size and not result.fault:
-            return [], self._bounced(group)
+            return [], self.retries.bounced(group)
         fault = named(result.fault)
-        return [], self._failed(group, fault, result.detail or "the scores do not fit the batch")
+        return [], self.retries.failed(group, fault, result.detail or "the scores do not fit the batch")
 
-    def too_large(self, dispatch: Dispatch, detail: str) -> list[Decision]:
+    def too_large(self, dispatch: Dispatch, detail: str) -> Sequence[Decision]:
         """The joined message is larger than what may be sent: the batch goes in halves."""
         executor = self.executors[dispatch.executor]
         flight = executor.flights[dispatch.batch]
         executor.take_back(flight)
-        return self._failed(flight.group, Fault.TOO_LARGE, detail)
+        return self.retries.failed(flight.group, Fault.TOO_LARGE, detail)
 
     # What to do
 
@@ -145,9 +140,9 @@ class Scheduler:
         decisions += self._lost_executors(now_us)
         decisions += self._expired(now_us)
         decisions += self._unserved()
-        self._overdue(now_us)
+        self.retries.add_overdue(now_us)
         decisions += self._dispatches(now_us)
-        decisions += self._pleas(now_us)
+        decisions += self.pleading.due(now_us)
         return decisions
 
     def wake_us(self, now_us: int) -> int | None:
@@ -156,7 +151,7 @@ class Scheduler:
 
     def backlog_us(self, model: ModelKey, now_us: int) -> int:
         """Predicted wait of a ticket that would come last."""
-        return self._wait_us(self.executors.serving(model), now_us)
+        return self.forecast.wait_us(model, now_us)
 
     def advertised(self, now_us: int) -> tuple[int, int]:
         """For the heartbeat, which goes to every executor: rows that wait, and µs until their earliest deadline."""
@@ -179,8 +174,7 @@ class Scheduler:
     def forget(self, model: ModelKey) -> None:
         """What was learnt of a model that will not come back; nothing waits for it."""
         self.queues.pop(model, None)
-        self.paces.pop(model, None)
-        self.times.forget(model)
+        self.forecast.forget(model)
 
     def abandon_all(self) -> list[Drop]:
         """The end: every open ticket gets UNAVAILABLE."""
@@ -189,53 +183,19 @@ class Scheduler:
             tickets += group.open_tickets()
             group.done = True
         self.retries.clear()
-        return [self._drop(ticket, Fault.UNAVAILABLE, "the batcher is stopping", 1_000) for ticket in tickets]
-
-    # Admission
-
-    def _late_by(self, ticket: Ticket, serving: list[Executor], now_us: int) -> int:
-        """By how much the predicted answer misses the ticket's deadline; counts only what would be served before it.
-
-        Never late is who finds an executor with nothing to do: or one slow pass, once measured, would have every
-        request refused for good.
-        """
-        room_us = ticket.deadline_us - now_us - self.times.predict(ticket.model, ticket.rows)
-        late_us = int(MARGIN * self._wait_us(serving, now_us)) - room_us
-        if late_us <= 0:
-            return late_us
-        if not self.rows and any(executor.free and not executor.flights for executor in serving):
-            return 0
-        return int(MARGIN * self._wait_us(serving, now_us, ticket)) - room_us
-
-    def _wait_us(self, serving: list[Executor], now_us: int, ticket: Ticket | None = None) -> int:
-        """Predicted time until `ticket`, or one behind all others, starts: what is before it, shared out."""
-        ahead_us = float(sum(executor.remaining_us(now_us) for executor in serving))
-        paced_us = 0.0
-        for model, queue in self.queues.items():
-            if queue.count and any(model in executor.models for executor in serving):
-                rows = queue.rows if ticket is None else queue.rows_ahead(ticket.priority, ticket.deadline_us)
-                ahead_us += rows * self.times.us_per_row(model)
-                pace = self.paces.get(model)
-                if pace is not None and queue.since_us <= pace.cut_us:
-                    paced_us = max(paced_us, rows * pace.us_per_row)
-        return int(max(paced_us, ahead_us / max(1, len(serving))))
+        return [dropped(ticket, Fault.UNAVAILABLE, "the batcher is stopping", 1_000) for ticket in tickets]
 
     # Endings
-
-    def _drop(self, ticket: Ticket, fault: Fault, detail: str, retry_after_us: int = 0) -> Drop:
-        ticket.state = State.DONE
-        return Drop(ticket, fault, detail, retry_after_us)
 
     def _expired(self, now_us: int) -> Iterator[Drop]:
         for queue in self.queues.values():
             due_us = queue.earliest_deadline()
             for ticket in queue.expired(now_us) if due_us is not None and due_us <= now_us else ():
-                yield self._drop(ticket, Fault.DEADLINE_EXCEEDED, "the budget ran out in the queue")
+                yield dropped(ticket, Fault.DEADLINE_EXCEEDED, "the budget ran out in the queue")
         for group in self._groups():
             for ticket in group.expired(now_us):
-                yield self._drop(ticket, Fault.DEADLINE_EXCEEDED, "the budget ran out while scoring")
-        if self.retries:
-            self.retries = [group for group in self.retries if not group.done]
+                yield dropped(ticket, Fault.DEADLINE_EXCEEDED, "the budget ran out while scoring")
+        self.retries.forget_done()
 
     def _excuse_own_pause(self, now_us: int) -> None:
         """Heartbeats that came while this process itself stood still are not read yet: nobody is dead for that."""
@@ -254,7 +214,7 @@ class Scheduler:
         decisions: list[Decision] = []
         for flight in executor.flights.values():
             flight.group.avoid.add(executor.id)
-            decisions += self._again(flight.group)
+            decisions += self.retries.again(flight.group)
         return decisions
 
     def _unserved(self) -> Iterator[Decision]:
@@ -263,61 +223,8 @@ class Scheduler:
             if not self.executors.served(model):
                 del self.queues[model]
                 for ticket in queue.drain():
-                    yield self._drop(ticket, Fault.UNAVAILABLE, "no executor is alive for this model", 1_000)
-        for group in [group for group in self.retries if not self.executors.served(group.model)]:
-            self.retries.remove(group)
-            if not self.executors.flying(group):
-                yield from self._give_up(group)
-
-    def _give_up(self, group: Group) -> list[Decision]:
-        group.done = True
-        return [self._drop(t, Fault.UNAVAILABLE, "the executor was lost", 1_000) for t in group.open_tickets()]
-
-    # Second tries
-
-    def _again(self, group: Group) -> list[Decision]:
-        """Send a group once more, unless that is under way already or its tries are used up."""
-        if group.done or group in self.retries or self.executors.flying(group):
-            return []
-        if group.sends >= MAX_SENDS or not self.executors.served(group.model):
-            return self._give_up(group)
-        self.retries.append(group)
-        return []
-
-    def _bounced(self, group: Group) -> list[Decision]:
-        """The slot was void: the batch did not run, so this was no try."""
-        group.sends -= 1
-        group.bounces += 1
-        return self._give_up(group) if group.bounces > MAX_BOUNCES else self._again(group)
-
-    def _failed(self, group: Group, fault: Fault, detail: str) -> list[Decision]:
-        """Halve the batch, so that one poisonous request fails alone."""
-        if self.executors.flying(group):
-            return []
-        if group in self.retries:
-            self.retries.remove(group)
-        group.done = True
-        tickets = group.open_tickets()
-        if len(tickets) == 1 or fault not in (Fault.INTERNAL, Fault.TOO_LARGE):
-            return [self._drop(ticket, fault, detail) for ticket in tickets]
-        middle = len(tickets) // 2
-        self.retries[:0] = [Group(group.model, half) for half in (tickets[:middle], tickets[middle:]) if half]
-        return []
-
-    def _overdue(self, now_us: int) -> None:
-        """Batches whose executor is alive but silent: once more, to another one, if there is one."""
-        for executor in self.executors.values():
-            for flight in executor.flights.values():
-                if flight.overdue_us > now_us:
-                    continue
-                group = flight.group
-                if not flight.late:
-                    flight.late = True
-                    group.avoid.add(executor.id)
-                if group.done or group.sends >= MAX_SENDS or group in self.retries:
-                    continue
-                if any(other.id not in group.avoid for other in self.executors.serving(group.model)):
-                    self.retries.append(group)
+                    yield dropped(ticket, Fault.UNAVAILABLE, "no executor is alive for this model", 1_000)
+        yield from self.retries.drop_unserved()
 
     # Sending
 
@@ -325,29 +232,12 @@ class Scheduler:
         while self.retries or any(queue.count for queue in self.queues.values()):
             ready = [executor for executor in self.executors.values() if executor.up and executor.free]
             for executor in sorted(ready, key=lambda executor: len(executor.flights)):
-                group = self._retry_for(executor) or self._cut(executor, now_us)
+                group = self.retries.take_for(executor) or self._cut(executor, now_us)
                 if group is not None:
                     yield self._dispatch(executor, group, now_us)
                     break
             else:
                 return
-
-    def _retry_for(self, executor: Executor) -> Group | None:
-        for group in self.retries:
-            if self._may_take(executor, group):
-                self.retries.remove(group)
-                return group if group.is_open() else self._retry_for(executor)
-        return None
-
-    def _may_take(self, executor: Executor, group: Group) -> bool:
-        """Not to an executor that failed it, unless no other is left that could have it."""
-        if not executor.up or group.model not in executor.models:
-            return False
-        if executor.id not in group.avoid:
-            return True
-        return not self.executors.flying(group) and all(
-            other.id in group.avoid for other in self.executors.serving(group.model)
-        )
 
     def _cut(self, executor: Executor, now_us: int) -> Group | None:
         """The next batch for this executor: the most urgent model's tickets, up to the limits."""
@@ -363,7 +253,7 @@ class Scheduler:
         queue = self.queues[model]
         before, since_us = queue.rows, queue.since_us
         tickets = queue.cut(rules.max_rows, rules.max_bytes, rules.coalesce)
-        self.paces.setdefault(model, Pace()).cut(before - queue.rows, since_us, now_us)
+        self.forecast.cut(model, before - queue.rows, since_us, now_us)
         return Group(model, tickets)
 
     def _ripe_us(self, model: ModelKey, queue: Queue) -> int:
@@ -374,7 +264,7 @@ class Scheduler:
             return 0
         if queue.rows >= rules.max_rows or queue.bytes >= rules.max_bytes:
             return 0
-        return min(queue.since_us + rules.linger_us, due_us - self.times.predict(model, queue.rows))
+        return min(queue.since_us + rules.linger_us, due_us - self.forecast.times.predict(model, queue.rows))
 
     def _dispatch(self, executor: Executor, group: Group, now_us: int) -> Dispatch:
         rules = self.rules
@@ -382,7 +272,7 @@ class Scheduler:
         rows = sum(ticket.rows for ticket in tickets)
         self._batches += 1
         group.sends += 1
-        predicted_us = self.times.predict(group.model, rows)
+        predicted_us = self.forecast.times.predict(group.model, rows)
         patience_us = int(rules.failover_factor * (executor.remaining_us(now_us) + predicted_us))
         patience_us = max(patience_us, rules.failover_floor_us, 0 if predicted_us else rules.lease_us)
         slot = executor.spend()
@@ -397,47 +287,9 @@ class Scheduler:
             tickets=tickets,
             rows=rows,
             budget_us=max(0, max(ticket.deadline_us for ticket in tickets) - now_us),
-            demand=self._demand(executor, now_us),
+            demand=self.pleading.demand(executor, now_us),
             again=group.sends > 1,
         )
-
-    # Asking for slots
-
-    def _pleas(self, now_us: int) -> Iterator[Plead]:
-        for executor in self.executors.values():
-            if self._pleads(executor):
-                unheard = not executor.told_rows and self._wants(executor)
-                if unheard or now_us - executor.demanded_us >= DEMAND_EVERY_US:
-                    executor.demanded_us = now_us
-                    yield Plead(executor.id, self._demand(executor, now_us))
-            elif self._lets_go(executor):
-                yield Plead(executor.id, self._demand(executor, now_us))
-
-    def _pleads(self, executor: Executor) -> bool:
-        """Whether asking could help: it has work that waits here, and others hold slots of it."""
-        if executor.abandoned:
-            return True
-        return executor.up and not executor.free and not executor.full() and self._wants(executor)
-
-    def _lets_go(self, executor: Executor) -> bool:
-        """Whether it keeps a slot for work that has gone elsewhere: another batcher may be waiting for that one."""
-        return bool(executor.told_rows and executor.free) and not self._wants(executor)
-
-    def _wants(self, executor: Executor) -> bool:
-        for model, queue in self.queues.items():
-            if queue.count and model in executor.models:
-                return True
-        return any(self._may_take(executor, group) for group in self.retries)
-
-    def _demand(self, executor: Executor, now_us: int) -> Demand:
-        queues = [queue for model, queue in self.queues.items() if queue.count and model in executor.models]
-        groups = [group for group in self.retries if self._may_take(executor, group)]
-        waiting: list[Queue | Group] = [*queues, *groups]
-        rows = executor.told_rows = sum(one.rows for one in waiting)
-        deadlines = [due for one in waiting if (due := one.earliest_deadline()) is not None]
-        slack_us = max(0, min(deadlines) - now_us) if deadlines else 0
-        returned = tuple(Slot(index, generation) for index, generation in executor.abandoned.items())
-        return Demand(self.name, rows, slack_us, returned)
 
     # Looking around
 
@@ -458,9 +310,9 @@ class Scheduler:
                     yield flight.overdue_us
                 if not flight.group.done and (due_us := flight.group.earliest_deadline()) is not None:
                     yield due_us
-            if self._pleads(executor):
+            if self.pleading.pleads(executor):
                 yield executor.demanded_us + DEMAND_EVERY_US
-            if executor.free and any(self._may_take(executor, group) for group in self.retries):
+            if executor.free and any(self.retries.may_go(group, executor) for group in self.retries):
                 yield now_us
 
     def _groups(self) -> Iterator[Group]:

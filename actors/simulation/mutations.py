@@ -7,7 +7,9 @@ from typing import Any, NamedTuple
 from narsil_stream.actors.decisions import Decision
 from narsil_stream.actors.flights import Executor, Group
 from narsil_stream.actors.leasing import Ledger, Place
+from narsil_stream.actors.pleading import Pleading
 from narsil_stream.actors.queue import Line, ModelKey, Queue, State, Ticket
+from narsil_stream.actors.retrying import Retries
 from narsil_stream.actors.scheduling import FLOAT_BYTES, Scheduler
 from narsil_stream.core.routing import Router
 from narsil_stream.schemas.internal import Batch, Result, Slot
@@ -122,7 +124,7 @@ def _no_resend(_: Any) -> Callable[..., list[Decision]]:
 
 
 def _idle_executor(pleads: Callable[..., bool]) -> Callable[..., bool]:
-    def wrong(self: Scheduler, executor: Executor) -> bool:
+    def wrong(self: Pleading, executor: Executor) -> bool:
         return pleads(self, executor) and bool(executor.abandoned)
 
     return wrong
@@ -143,9 +145,9 @@ def _unbounded_queue(offer: Callable[..., None]) -> Callable[..., None]:
 
 
 def _tries_for_ever(_: Any) -> Callable[..., Any]:
-    def wrong(self: Scheduler, group: Group) -> list[Decision]:
-        if not group.done and group not in self.retries and not self.executors.flying(group):
-            self.retries.append(group)
+    def wrong(self: Retries, group: Group) -> list[Decision]:
+        if not group.done and group not in self and not self._executors.flying(group):
+            self.append(group)
         return []
 
     return wrong
@@ -168,9 +170,9 @@ MUTATIONS = (
     Mutation("dead-executor", "a silent executor is never given up", Scheduler, "_lost_executors", _never_expires),
     Mutation("double-dispatch", "a batch goes to two executors at once", Scheduler, "_dispatches", _double_dispatch),
     Mutation("no-resend", "batches at a lost executor are forgotten", Scheduler, "_lose", _no_resend),
-    Mutation("endless-resend", "a batch is tried again without end", Scheduler, "_again", _tries_for_ever),
+    Mutation("endless-resend", "a batch is tried again without end", Retries, "again", _tries_for_ever),
     Mutation("answer-twice", "the second result of a batch is answered, too", Scheduler, "result", _answers_twice),
-    Mutation("idle-executor", "nobody asks for slots that others hold", Scheduler, "_pleads", _idle_executor),
+    Mutation("idle-executor", "nobody asks for slots that others hold", Pleading, "pleads", _idle_executor),
     Mutation("company", "a free executor waits 1 ms for a fuller batch", Scheduler, "_ripe_us", _waits_for_company),
     Mutation("beyond-total", "an executor takes batches on void slots", Ledger, "accept", _beyond_total),
     Mutation("same-generation", "a slot changes hands under its old number", Ledger, "_free", _same_generation),

@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING
 from narsil_stream.actors.decisions import Dispatch
 from narsil_stream.actors.leasing import Place
 from narsil_stream.actors.queue import ModelKey, State, Ticket
-from narsil_stream.actors.scheduling import MAX_SENDS
+from narsil_stream.actors.retrying import MAX_SENDS
 from narsil_stream.actors.simulation.referee import TICKET_GRACE_US
 
 if TYPE_CHECKING:

@@ -97,7 +97,7 @@ class Batcher:
         self._result(Result(sent.batch, sent.executor, memoryview(b""), 0))
 
     def teach(self, rows: int, service_us: int) -> None:
-        self.policy.times.observe(MODEL, rows, service_us)
+        self.policy.forecast.times.observe(MODEL, rows, service_us)
 
     def dropped(self) -> list[tuple[Ticket, str]]:
         return [(drop.ticket, drop.fault.name) for drop in self.drops]

@@ -3,8 +3,9 @@
 import pytest
 
 from narsil_stream.actors.flights import ARRIVES_US, DEMAND_EVERY_US
+from narsil_stream.actors.forecast import MARGIN
 from narsil_stream.actors.queue import State
-from narsil_stream.actors.scheduling import MARGIN, MAX_BOUNCES
+from narsil_stream.actors.retrying import MAX_BOUNCES
 from narsil_stream.schemas.errors import Fault
 from narsil_stream.schemas.internal import Slot
 from tests.actors.puppets import BUDGET_US, FLOOR_US, LEASE_US, MODEL, OTHER, Batcher, ticket
