@@ -32,7 +32,7 @@ class Pleading:
         """Whether asking could help: it has work that waits here, and others hold slots of it."""
         if executor.abandoned:
             return True
-        return executor.up and not executor.free and not executor.full() and self._wants(executor)
+        return executor.up and not executor.free and self._wants(executor) and not executor.full()
 
     def demand(self, executor: Executor, now_us: int) -> Demand:
         """All that waits here for it, and what it gets back."""
@@ -52,4 +52,4 @@ class Pleading:
         for model, queue in self._queues.items():
             if queue.count and model in executor.models:
                 return True
-        return any(self._retries.may_go(group, executor) for group in self._retries)
+        return bool(self._retries) and any(self._retries.may_go(group, executor) for group in self._retries)

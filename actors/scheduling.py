@@ -8,7 +8,6 @@ culprit.
 """
 
 from collections.abc import Iterator, Sequence
-from itertools import chain
 
 from narsil_stream.actors.decisions import Decision, Dispatch, Drop, Rules, dropped
 from narsil_stream.actors.flights import DEMAND_EVERY_US, Executor, Fleet, Flight, Group
@@ -20,6 +19,8 @@ from narsil_stream.schemas.errors import Fault, Refused, named
 from narsil_stream.schemas.internal import ExecutorBeat, Result, Slot
 
 FLOAT_BYTES = 4
+NEVER = 1 << 62
+LATE = Fault.DEADLINE_EXCEEDED
 
 
 class Scheduler:
@@ -41,12 +42,18 @@ class Scheduler:
     @property
     def rows(self) -> int:
         """Rows waiting."""
-        return sum(queue.rows for queue in self.queues.values())
+        rows = 0
+        for queue in self.queues.values():
+            rows += queue.rows
+        return rows
 
     @property
     def bytes(self) -> int:
         """Bytes waiting."""
-        return sum(queue.bytes for queue in self.queues.values())
+        size = 0
+        for queue in self.queues.values():
+            size += queue.bytes
+        return size
 
     # What happens
 
@@ -138,16 +145,29 @@ class Scheduler:
         self._excuse_own_pause(now_us)
         decisions: list[Decision] = []
         decisions += self._lost_executors(now_us)
-        decisions += self._expired(now_us)
-        decisions += self._unserved()
-        self.retries.add_overdue(now_us)
-        decisions += self._dispatches(now_us)
+        if self._waits() or self.executors.busy():
+            decisions += self._expired(now_us)
+            decisions += self._unserved()
+            self.retries.add_overdue(now_us)
+            decisions += self._dispatches(now_us)
         decisions += self.pleading.due(now_us)
         return decisions
 
     def wake_us(self, now_us: int) -> int | None:
         """When `decide` has to be called next, if no event comes before."""
-        return min(self._alarms(now_us), default=None)
+        wake_us = self._next_ending_us(now_us)
+        lease_us, pleads = self.rules.lease_us, self.pleading.pleads
+        for executor in self.executors.values():
+            if executor.seen_us + lease_us < wake_us:
+                wake_us = executor.seen_us + lease_us
+            for flight in executor.flights.values():
+                if not flight.late and flight.overdue_us < wake_us:
+                    wake_us = flight.overdue_us
+            if pleads(executor) and executor.demanded_us + DEMAND_EVERY_US < wake_us:
+                wake_us = executor.demanded_us + DEMAND_EVERY_US
+            if self.retries and executor.free and self.retries.wait_for(executor):
+                return now_us
+        return None if wake_us == NEVER else wake_us
 
     def backlog_us(self, model: ModelKey, now_us: int) -> int:
         """Predicted wait of a ticket that would come last."""
@@ -187,15 +207,17 @@ class Scheduler:
 
     # Endings
 
-    def _expired(self, now_us: int) -> Iterator[Drop]:
+    def _expired(self, now_us: int) -> list[Drop]:
+        drops: list[Drop] = []
         for queue in self.queues.values():
             due_us = queue.earliest_deadline()
-            for ticket in queue.expired(now_us) if due_us is not None and due_us <= now_us else ():
-                yield dropped(ticket, Fault.DEADLINE_EXCEEDED, "the budget ran out in the queue")
+            if due_us is not None and due_us <= now_us:
+                drops += [dropped(ticket, LATE, "the budget ran out in the queue") for ticket in queue.expired(now_us)]
         for group in self._groups():
-            for ticket in group.expired(now_us):
-                yield dropped(ticket, Fault.DEADLINE_EXCEEDED, "the budget ran out while scoring")
-        self.retries.forget_done()
+            drops += [dropped(ticket, LATE, "the budget ran out while scoring") for ticket in group.expired(now_us)]
+        if self.retries:
+            self.retries.forget_done()
+        return drops
 
     def _excuse_own_pause(self, now_us: int) -> None:
         """Heartbeats that came while this process itself stood still are not read yet: nobody is dead for that."""
@@ -205,9 +227,9 @@ class Scheduler:
                 executor.seen_us = max(executor.seen_us, now_us - self.rules.lease_us // 2)
 
     def _lost_executors(self, now_us: int) -> Iterator[Decision]:
-        for executor in list(self.executors.values()):
-            if executor.seen_us + self.rules.lease_us <= now_us:
-                yield from self._lose(executor)
+        alive_us = now_us - self.rules.lease_us
+        for executor in [executor for executor in self.executors.values() if executor.seen_us <= alive_us]:
+            yield from self._lose(executor)
 
     def _lose(self, executor: Executor) -> list[Decision]:
         del self.executors[executor.id]
@@ -219,17 +241,16 @@ class Scheduler:
 
     def _unserved(self) -> Iterator[Decision]:
         """What waits for a model that no executor is left for."""
-        for model, queue in list(self.queues.items()):
-            if not self.executors.served(model):
-                del self.queues[model]
-                for ticket in queue.drain():
-                    yield dropped(ticket, Fault.UNAVAILABLE, "no executor is alive for this model", 1_000)
-        yield from self.retries.drop_unserved()
+        for model in [model for model in self.queues if not self.executors.served(model)]:
+            for ticket in self.queues.pop(model).drain():
+                yield dropped(ticket, Fault.UNAVAILABLE, "no executor is alive for this model", 1_000)
+        if self.retries:
+            yield from self.retries.drop_unserved()
 
     # Sending
 
     def _dispatches(self, now_us: int) -> Iterator[Dispatch]:
-        while self.retries or any(queue.count for queue in self.queues.values()):
+        while self._waits():
             ready = [executor for executor in self.executors.values() if executor.up and executor.free]
             for executor in sorted(ready, key=lambda executor: len(executor.flights)):
                 group = self.retries.take_for(executor) or self._cut(executor, now_us)
@@ -293,29 +314,35 @@ class Scheduler:
 
     # Looking around
 
-    def _alarms(self, now_us: int) -> Iterator[int]:
+    def _next_ending_us(self, now_us: int) -> int:
+        """When the next budget runs out or a linger ends."""
+        next_us = NEVER
         for model, queue in self.queues.items():
             due_us = queue.earliest_deadline()
             if due_us is not None:
-                yield due_us
+                next_us = min(next_us, due_us)
                 if self.rules.linger_us and (ripe_us := self._ripe_us(model, queue)) > now_us:
-                    yield ripe_us
-        for group in self.retries:
-            if not group.done and (due_us := group.earliest_deadline()) is not None:
-                yield due_us
-        for executor in self.executors.values():
-            yield executor.seen_us + self.rules.lease_us
-            for flight in executor.flights.values():
-                if not flight.late:
-                    yield flight.overdue_us
-                if not flight.group.done and (due_us := flight.group.earliest_deadline()) is not None:
-                    yield due_us
-            if self.pleading.pleads(executor):
-                yield executor.demanded_us + DEMAND_EVERY_US
-            if executor.free and any(self.retries.may_go(group, executor) for group in self.retries):
-                yield now_us
+                    next_us = min(next_us, ripe_us)
+        if self.retries or self.executors.busy():
+            for group in self._groups():
+                due_us = group.earliest_deadline()
+                if due_us is not None and due_us < next_us:
+                    next_us = due_us
+        return next_us
 
-    def _groups(self) -> Iterator[Group]:
+    def _groups(self) -> list[Group]:
         """What was cut and may still be answered; one that flies twice comes twice."""
-        groups = chain(self.executors.groups(), self.retries)
-        return (group for group in groups if not group.done)
+        groups = [group for group in self.retries if not group.done]
+        for executor in self.executors.values():
+            if executor.flights:
+                groups += [flight.group for flight in executor.flights.values() if not flight.group.done]
+        return groups
+
+    def _waits(self) -> bool:
+        """Whether anything waits to be sent."""
+        if self.retries:
+            return True
+        for queue in self.queues.values():  # noqa: SIM110 - `any` takes twice as long, and this is asked all the time
+            if queue.count:
+                return True
+        return False

@@ -39,7 +39,7 @@ class Batcher(Actor):
         self._tickets = 0
         self._leaves_us = 0
 
-    def receive(self, message: Message) -> None:
+    def receive(self, message: Message) -> bool:
         policy, now = self.policy, self.clock()
         if isinstance(message, Wishes):
             for wish in message.wishes:
@@ -55,6 +55,7 @@ class Batcher(Actor):
         elif isinstance(message, Cancel):
             for slot in message.slots:
                 self._cancel(message.reply, slot)
+        return True
 
     def turn(self) -> int:
         now = self.clock()
@@ -93,8 +94,7 @@ class Batcher(Actor):
             self.phase,
             policy.rules.lease_us // 1_000,
         )
-        for actor in (*self.world.gateways, *self.world.executors):
-            self.world.send(self, actor.name, beat)
+        self.world.broadcast(self, (*self.world.gateways, *self.world.executors), beat)
 
     # Requests
 

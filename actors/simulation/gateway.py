@@ -60,7 +60,7 @@ class Gateway(Actor):
             self.world.send(self, request.batcher, Cancel(self.name, (request.slot,)))
             self.step()
 
-    def receive(self, message: Message) -> None:
+    def receive(self, message: Message) -> bool:
         if isinstance(message, Replies):
             for answer in message.answers:
                 request = self.router.answered(answer.slot)
@@ -70,6 +70,8 @@ class Gateway(Actor):
                     self.world.referee.answered(self, request, answer.fault or "scored", answer.scores)
         elif isinstance(message, BatcherBeat):
             self._fail(self.router.beat(message, self.clock()))
+            return self.router.has_outgoing()
+        return True
 
     def turn(self) -> int:
         now, router = self.clock(), self.router

@@ -138,7 +138,10 @@ class Shadow:
 
     def wanted(self, models: frozenset[ModelKey]) -> bool:
         """Whether work waits in the queue that an executor of these models can do."""
-        return any(queue.count and model in models for model, queue in self._policy.queues.items())
+        for model, queue in self._policy.queues.items():  # noqa: SIM110 - `any` takes twice as long
+            if queue.count and model in models:
+                return True
+        return False
 
     def recount(self) -> None:
         """All over again, from the tickets themselves."""

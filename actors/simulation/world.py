@@ -2,7 +2,7 @@
 
 import random
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from heapq import heappop, heappush
 from itertools import count
 from typing import Any
@@ -15,7 +15,7 @@ from narsil_stream.actors.simulation.executor import Executor
 from narsil_stream.actors.simulation.gateway import Gateway
 from narsil_stream.actors.simulation.messages import Message, told
 from narsil_stream.actors.simulation.referee import Referee
-from narsil_stream.actors.simulation.weather import Faults, Weather
+from narsil_stream.actors.simulation.weather import ON_TIME, Faults, Weather
 from narsil_stream.schemas.internal import Batch, Grant, ModelRef, Result
 
 BEAT_US = 25_000
@@ -80,10 +80,13 @@ class World:
     def run_until(self, end_us: int) -> None:
         queue, check = self._queue, self.referee.check
         while queue and queue[0][0] <= end_us:
-            self.now, _, do, args = heappop(queue)
+            when_us, _, do, args = heappop(queue)
+            if when_us > self.now:
+                check(when_us)
+                self.now = when_us
             do(*args)
             self.events += 1
-            check()
+        check(end_us)
         self.now = end_us
 
     # Bus
@@ -98,6 +101,25 @@ class World:
                 executor.under_way += len(times)
         for late_us in times:
             self.at(self.now + LATENCY_US + late_us, self._deliver, to, message)
+
+    def broadcast(self, sender: Actor, actors: Iterable[Actor], message: Message) -> None:
+        """A heartbeat. All whom it reaches on time get it in one event."""
+        told_as = told(message) if self.trace is not None else ""
+        reached: list[Actor] = []
+        for actor in actors:
+            if told_as:
+                self.note(f"{sender.name} -> {actor.name}", told_as)
+            _, times = self.weather.fate(sender.name, actor.name, message)
+            if times is ON_TIME:
+                reached.append(actor)
+                continue
+            for late_us in times:
+                self.at(self.now + LATENCY_US + late_us, self._deliver, actor.name, message)
+        self.at(self.now + LATENCY_US, self._deliver_all, reached, message)
+
+    def _deliver_all(self, actors: list[Actor], message: Message) -> None:
+        for actor in actors:
+            actor.take(message)
 
     def _deliver(self, to: str, message: Message) -> None:
         if type(message) in WORK:
