@@ -204,7 +204,7 @@ class Batcher(Actor[Message]):
                     self._catalogue.changed = False
                     self._beat_due_us = 0
             case Grant():
-                self.policy.grant(message.executor, message.slot)
+                self.policy.grant(message.executor, message.slot, now_us())
             case Cancel():
                 for slot in message.slots:
                     self._cancel(message.reply, slot)

@@ -177,6 +177,23 @@ def keys(refs: Iterable[ModelRef]) -> frozenset[ModelKey]:
 class Fleet(dict[str, Executor]):
     """The executors that are alive, by id."""
 
+    def __init__(self) -> None:
+        super().__init__()
+        self.expected: dict[str, int] = {}
+        """Executors that gave a slot before their first heartbeat was heard, and until when that is waited for."""
+
+    def add(self, executor: Executor) -> None:
+        self.expected.pop(executor.id, None)
+        self[executor.id] = executor
+
+    def give_up_expected(self, now_us: int) -> None:
+        for name in [name for name, until_us in self.expected.items() if until_us <= now_us]:
+            del self.expected[name]
+
+    def hopeless(self, model: ModelKey) -> bool:
+        """Whether nobody is left for it, nor about to come."""
+        return not self.expected and not self.served(model)
+
     def serving(self, model: ModelKey) -> list[Executor]:
         return [executor for executor in self.values() if executor.up and model in executor.models]
 

@@ -21,7 +21,7 @@ class Retries(list[Group]):
         """Send a group once more, unless that is under way already or its tries are used up."""
         if group.done or group in self or self._executors.flying(group):
             return []
-        if group.sends >= MAX_SENDS or not self._executors.served(group.model):
+        if group.sends >= MAX_SENDS or self._executors.hopeless(group.model):
             return give_up(group)
         self.append(group)
         return []
@@ -64,7 +64,7 @@ class Retries(list[Group]):
     def drop_unserved(self) -> list[Drop]:
         """Gives up those that no executor is left for."""
         drops: list[Drop] = []
-        for group in [group for group in self if not self._executors.served(group.model)]:
+        for group in [group for group in self if self._executors.hopeless(group.model)]:
             self.remove(group)
             if not self._executors.flying(group):
                 drops += give_up(group)

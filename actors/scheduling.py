@@ -92,19 +92,23 @@ class Scheduler:
         """An executor is alive, and says who holds its slots. Returns what its departure, if it is one, leads to."""
         executor = self.executors.get(beat.executor)
         if beat.state == "gone":
+            self.executors.expected.pop(beat.executor, None)
             return [] if executor is None else self._lose(executor)
         if executor is None:
             executor = Executor(beat.executor, now_us, told_rows=self._told_rows)
-            self.executors[beat.executor] = executor
+            self.executors.add(executor)
         decisions: list[Decision] = []
         for flight in executor.hear(beat, self.name, now_us):
             flight.group.avoid.discard(executor.id)
             decisions += self.retries.again(flight.group)
         return decisions
 
-    def grant(self, executor: str, slot: Slot) -> None:
+    def grant(self, executor: str, slot: Slot, now_us: int) -> None:
+        """Of an executor that is new here, or was lost: its heartbeat will say what it serves, and name the slot."""
         if executor in self.executors:
             self.executors[executor].offer_slot(slot)
+        else:
+            self.executors.expected[executor] = now_us + self.rules.lease_us
 
     def result(self, result: Result, now_us: int) -> tuple[list[Ticket], Sequence[Decision]]:
         """A batch came back. Returns its tickets in row order if they are scored now, and drops."""
@@ -144,6 +148,7 @@ class Scheduler:
         """All that is due now. Call after events, at the time that `wake_us` names, and several times in a lease."""
         self._excuse_own_pause(now_us)
         decisions: list[Decision] = []
+        self.executors.give_up_expected(now_us)
         decisions += self._lost_executors(now_us)
         if self._waits() or self.executors.busy():
             decisions += self._expired(now_us)
@@ -155,7 +160,8 @@ class Scheduler:
 
     def wake_us(self, now_us: int) -> int | None:
         """When `decide` has to be called next, if no event comes before."""
-        wake_us = self._next_ending_us(now_us)
+        wake_us = min(self.executors.expected.values(), default=NEVER)
+        wake_us = min(wake_us, self._next_ending_us(now_us))
         lease_us, pleads = self.rules.lease_us, self.pleading.pleads
         for executor in self.executors.values():
             if executor.seen_us + lease_us < wake_us:
@@ -241,7 +247,7 @@ class Scheduler:
 
     def _unserved(self) -> Iterator[Decision]:
         """What waits for a model that no executor is left for."""
-        for model in [model for model in self.queues if not self.executors.served(model)]:
+        for model in [model for model in self.queues if self.executors.hopeless(model)]:
             for ticket in self.queues.pop(model).drain():
                 yield dropped(ticket, Fault.UNAVAILABLE, "no executor is alive for this model", 1_000)
         if self.retries:

@@ -49,9 +49,11 @@ class Batcher(Actor):
             self._act(decisions)
             self._score(tickets, message)
         elif isinstance(message, ExecutorBeat):
+            self.shadow.heard(message.executor)
             self._act(policy.beat(message, now))
         elif isinstance(message, Grant):
-            policy.grant(message.executor, message.slot)
+            self.shadow.granted(message.executor)
+            policy.grant(message.executor, message.slot, now)
         elif isinstance(message, Cancel):
             for slot in message.slots:
                 self._cancel(message.reply, slot)
@@ -137,7 +139,7 @@ class Batcher(Actor):
                 if world.trace is not None:
                     world.note(self.name, f"drops r{caller.request}: {decision.fault.name}, {decision.detail}")
                 world.tally["decision", "batcher: dropped"] += 1
-                self.shadow.ended(decision.ticket)
+                self.shadow.dropped(decision)
                 self._open.pop((caller.reply, caller.slot), None)
                 self._answer(caller, decision.fault.name)
             elif isinstance(decision, Plead):

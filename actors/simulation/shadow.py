@@ -3,11 +3,12 @@
 from heapq import heappop, heappush
 from typing import TYPE_CHECKING
 
-from narsil_stream.actors.decisions import Dispatch
+from narsil_stream.actors.decisions import Dispatch, Drop
 from narsil_stream.actors.leasing import Place
 from narsil_stream.actors.queue import ModelKey, State, Ticket
 from narsil_stream.actors.retrying import MAX_SENDS
 from narsil_stream.actors.simulation.referee import TICKET_GRACE_US
+from narsil_stream.schemas.errors import Fault
 
 if TYPE_CHECKING:
     from narsil_stream.actors.simulation.batcher import Batcher
@@ -28,6 +29,8 @@ class Shadow:
         self._deadlines: dict[int, int] = {}
         self._under_way: dict[int, tuple[str, int]] = {}
         """Executor and batch of each ticket's last sending."""
+        self._announced: dict[str, int] = {}
+        """Executors that gave a slot before their heartbeat was heard, and until when that counts."""
         self.rows = 0
         self._bytes = 0
         self._checks = 0
@@ -50,6 +53,26 @@ class Shadow:
         self._under_way.pop(ticket.id, None)
         if ticket.id in self._waiting:
             self._left(ticket)
+
+    def granted(self, executor: str) -> None:
+        """A slot came. From an executor that is not known yet, it announces one."""
+        if executor not in self._policy.executors:
+            self._announced[executor] = self._batcher.clock() + self._policy.rules.lease_us
+
+    def dropped(self, drop: Drop) -> None:
+        """Not for want of an executor while one is known to come."""
+        self.ended(drop.ticket)
+        if self._announced and drop.fault is Fault.UNAVAILABLE and drop.detail.startswith("no executor"):
+            now, batcher, number = self._batcher.clock(), self._batcher, drop.ticket.payload.request
+            for name, until_us in self._announced.items():
+                executor = batcher.world.executors_by_name.get(name)
+                unheard = name not in self._policy.executors and executor is not None and executor.phase == "up"
+                if unheard and now < until_us:
+                    self._referee.fail(f"{batcher.name} drops r{number} although {name} has just given it a slot")
+
+    def heard(self, executor: str) -> None:
+        """Its heartbeat came."""
+        self._announced.pop(executor, None)
 
     def _left(self, ticket: Ticket) -> None:
         del self._waiting[ticket.id]

@@ -540,11 +540,11 @@ def test_a_batch_does_not_bounce_forever():
 def test_a_grant_that_was_overtaken_is_ignored():
     """Two messages that change places would put a void slot into the batcher's hand."""
     batcher = one_executor(Slot(0, 7))
-    batcher.policy.grant("e1", Slot(0, 6))
+    batcher.policy.grant("e1", Slot(0, 6), batcher.now)
     batcher.offer(ticket())
     (sent,) = batcher.decide()
     assert sent.slot == Slot(0, 7)
-    batcher.policy.grant("e1", Slot(0, 7))
+    batcher.policy.grant("e1", Slot(0, 7), batcher.now)
     batcher.hear("e1", Slot(0, 7))
     batcher.offer(ticket())
     assert batcher.decide() == [], "a slot is used once"
@@ -563,7 +563,7 @@ def test_the_slot_of_a_lost_batch_comes_back_and_the_work_is_done_again():
     batcher.hear("e1", S0)
     batcher.decide()
     assert [plea.demand.returned for plea in batcher.pleas] == [(S0,)]
-    batcher.policy.grant("e1", Slot(0, 1))
+    batcher.policy.grant("e1", Slot(0, 1), batcher.now)
     batcher.hear("e1", Slot(0, 1))
     (again,) = batcher.decide()
     assert (again.tickets, again.demand.returned) == ([one], ())
@@ -592,7 +592,7 @@ def test_a_batch_whose_result_was_lost_is_done_again():
     batcher.decide()
     (plea,) = batcher.pleas
     assert plea.demand.rows == 1, "it asks for another slot"
-    batcher.policy.grant("e1", Slot(0, 2))
+    batcher.policy.grant("e1", Slot(0, 2), batcher.now)
     (again,) = batcher.decide()
     assert again.tickets == [one]
     batcher.answer(again)
@@ -751,13 +751,40 @@ def test_waiting_work_asks_for_a_slot_and_keeps_asking():
     assert len(batcher.pleas) == 1
 
 
+def test_work_waits_for_an_executor_that_has_just_given_a_slot():
+    """Its heartbeat comes right behind the slot, and says what it serves: to refuse the work now would be hasty."""
+    batcher = one_executor(S0)
+    batcher.offer(*(ticket() for _ in range(9)))
+    (sent,) = batcher.decide()
+    batcher.policy.grant("e2", S0, batcher.now)
+    batcher.hear("e1", state="gone")
+    batcher.decide()
+    assert batcher.dropped() == []
+    batcher.hear("e2", S0, S1)
+    again, rest = batcher.decide()
+    assert (again.tickets, rest.rows) == (sent.tickets, 1)
+
+
+def test_work_does_not_wait_for_that_heartbeat_for_ever():
+    """The executor may have died in between."""
+    batcher = one_executor()
+    batcher.hear("e1", total=1)
+    batcher.offer(ticket())
+    batcher.policy.grant("e2", S0, batcher.now)
+    batcher.hear("e1", state="gone")
+    batcher.decide()
+    assert batcher.policy.wake_us(batcher.now) == LEASE_US
+    batcher.decide(LEASE_US)
+    assert [fault for _, fault in batcher.dropped()] == ["UNAVAILABLE"]
+
+
 def test_work_that_nobody_has_heard_of_asks_at_once():
     """The last question was answered with a slot, which is used up: to wait for the next one's time is to idle."""
     batcher = Batcher()
     batcher.hear("e1", total=1)
     batcher.offer(ticket())
     batcher.decide()
-    batcher.policy.grant("e1", S0)
+    batcher.policy.grant("e1", S0, batcher.now)
     (sent,) = batcher.decide()
     batcher.answer(sent)
     batcher.now += DEMAND_EVERY_US // 10
