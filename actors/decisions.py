@@ -19,6 +19,10 @@ class Rules(Struct, frozen=True):
     linger_us: int = 0
     coalesce: bool = True
     """False: one request is one batch (mode `worker`)."""
+    ageing: float = 0.0
+    """Share of the rows for less urgent work that has aged; 0: strict priorities."""
+    weights: dict[str, float] = {}
+    """Of tenants; 1 for those that are not named."""
 
 
 def rules(config: Config, max_bytes: int) -> Rules:
@@ -34,6 +38,8 @@ def rules(config: Config, max_bytes: int) -> Rules:
         failover_factor=timing.failover_factor,
         linger_us=batch.linger_us,
         coalesce=config.mode != "worker",
+        ageing=batch.ageing_percent / 100,
+        weights=batch.weights,
     )
 
 

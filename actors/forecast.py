@@ -1,5 +1,6 @@
 """How long a request would wait, and whether it can still make it. Pure; times in monotonic µs."""
 
+from narsil_stream.actors.ageing import Ageing
 from narsil_stream.actors.flights import Executor, Fleet
 from narsil_stream.actors.queue import ModelKey, Queue, Ticket
 from narsil_stream.actors.service_time import Pace, ServiceTimes
@@ -11,9 +12,10 @@ MARGIN = 1.25
 class Forecast:
     """Of one batcher, from what it measured."""
 
-    def __init__(self, executors: Fleet, queues: dict[ModelKey, Queue]) -> None:
+    def __init__(self, executors: Fleet, queues: dict[ModelKey, Queue], ageing: Ageing) -> None:
         self._executors = executors
         self._queues = queues
+        self._ageing = ageing
         self.times = ServiceTimes()
         self.paces: dict[ModelKey, Pace] = {}
 
@@ -39,7 +41,9 @@ class Forecast:
         waiting = any(queue.count for queue in self._queues.values())
         if not waiting and any(executor.free and not executor.flights for executor in serving):
             return 0
-        return int(MARGIN * self._wait_us(serving, now_us, ticket)) - room_us
+        wait_us = self._wait_us(serving, now_us, ticket)
+        aged_us = self._aged_wait_us(serving, ticket)
+        return int(MARGIN * (wait_us if aged_us is None else min(wait_us, aged_us))) - room_us
 
     def wait_us(self, model: ModelKey, now_us: int) -> int:
         """Predicted time until a ticket that comes last starts."""
@@ -51,9 +55,23 @@ class Forecast:
         paced_us = 0.0
         for model, queue in self._queues.items():
             if queue.count and any(model in executor.models for executor in serving):
-                rows = queue.rows if ticket is None else queue.rows_ahead(ticket.priority, ticket.deadline_us)
+                rows = queue.rows if ticket is None else queue.rows_ahead(ticket)
                 ahead_us += rows * self.times.us_per_row(model)
                 pace = self.paces.get(model)
                 if pace is not None and queue.since_us <= pace.cut_us:
                     paced_us = max(paced_us, rows * pace.us_per_row)
         return int(max(paced_us, ahead_us / max(1, len(serving))))
+
+    def _aged_wait_us(self, serving: list[Executor], ticket: Ticket) -> int | None:
+        """Predicted time until it starts if more urgent work never ends: it ages, and waits for its share of the rows.
+        None: nothing more urgent waits, or priorities are strict."""
+        share = self._ageing.share
+        queue = self._queues.get(ticket.model)
+        if not share or queue is None or not queue.lines or min(queue.lines) >= ticket.priority:
+            return None
+        pace = self.paces.get(ticket.model)
+        us_per_row = self.times.us_per_row(ticket.model) / max(1, len(serving))
+        if pace is not None and queue.since_us <= pace.cut_us:
+            us_per_row = max(us_per_row, pace.us_per_row)
+        half_us = (ticket.deadline_us - ticket.arrived_us) // 2
+        return half_us + int((queue.rows_aged_ahead(ticket) + ticket.rows) / share * us_per_row)

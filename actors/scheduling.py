@@ -2,19 +2,22 @@
 
 Times are µs of one monotonic clock. The rules (docs: "how a request flows"):
 work-conserving: a free slot takes what waits, at once; batches grow while all slots are busy.
-Earliest deadline first inside a priority. What cannot be answered inside its budget is refused on arrival.
+More urgent classes first, but for a share that goes to work that has aged; inside a class tenants take turns, and
+inside a tenant the earliest deadline goes first. What cannot be answered inside its budget is refused on arrival.
 A batch whose executor is lost or silent is sent once more, to another one. A batch that fails is halved to find the
 culprit.
 """
 
 from collections.abc import Iterator, Sequence
 
+from narsil_stream.actors.ageing import Ageing
 from narsil_stream.actors.decisions import Decision, Dispatch, Drop, Rules, dropped
 from narsil_stream.actors.flights import DEMAND_EVERY_US, Executor, Fleet, Flight, Group
 from narsil_stream.actors.forecast import Forecast
 from narsil_stream.actors.pleading import Pleading
 from narsil_stream.actors.queue import ModelKey, Queue, State, Ticket
 from narsil_stream.actors.retrying import Retries
+from narsil_stream.actors.tenants import Tenants
 from narsil_stream.schemas.errors import Fault, Refused, named
 from narsil_stream.schemas.internal import ExecutorBeat, Result, Slot
 
@@ -31,8 +34,10 @@ class Scheduler:
         self.rules = rules
         self.executors = Fleet()
         self.queues: dict[ModelKey, Queue] = {}
+        self.tenants = Tenants(rules.weights)
+        self.ageing = Ageing(rules.ageing)
         self.retries = Retries(self.executors)
-        self.forecast = Forecast(self.executors, self.queues)
+        self.forecast = Forecast(self.executors, self.queues, self.ageing)
         self.pleading = Pleading(name, self.executors, self.queues, self.retries)
         self._batches = 0
         self._decided_us = 0
@@ -68,10 +73,7 @@ class Scheduler:
             )
         if not self.executors.offered(ticket.model):
             raise Refused(Fault.UNAVAILABLE, "no executor is alive for this model", rules.lease_us)
-        rows = self.rows
-        if rows + ticket.rows > rules.queue_rows or self.bytes + ticket.bytes > rules.queue_bytes:
-            wait_us = self.forecast.wait_us(ticket.model, now_us)
-            raise Refused(Fault.OVERLOADED, f"the queue is full: {rows} rows wait", max(wait_us, 1_000))
+        self._find_room(ticket, now_us)
         late_us = self.forecast.late_by(ticket, now_us)
         if late_us > 0:
             budget_us = ticket.deadline_us - ticket.arrived_us
@@ -80,7 +82,30 @@ class Scheduler:
                 f"the wait would be {budget_us + late_us} us; the budget is {budget_us} us",
                 late_us,
             )
-        self.queues.setdefault(ticket.model, Queue()).push(ticket)
+        queue = self.queues.get(ticket.model)
+        if queue is None:
+            queue = self.queues[ticket.model] = Queue(self.tenants)
+        queue.push(ticket)
+
+    def _find_room(self, ticket: Ticket, now_us: int) -> None:
+        """Raises OVERLOADED if the queue is full, or if its tenant has more than its share and little room is left."""
+        rules, tenants = self.rules, self.tenants
+        name = ticket.tenant = tenants.known_as(ticket.tenant)
+        rows, size = self.rows + ticket.rows, self.bytes + ticket.bytes
+        if rows > rules.queue_rows or size > rules.queue_bytes:
+            why = f"the queue is full: {rows - ticket.rows} rows wait"
+        elif len(tenants.waiting) > 1 and tenants.crowds(
+            name, max(rows / rules.queue_rows, size / rules.queue_bytes), self._held(ticket)
+        ):
+            why = f"the queue is nearly full, and tenant '{name}' has more than its share of it"
+        else:
+            return
+        raise Refused(Fault.OVERLOADED, why, max(self.forecast.wait_us(ticket.model, now_us), 1_000))
+
+    def _held(self, ticket: Ticket) -> float:
+        """The part of the queue that its tenant would hold with it."""
+        rows, size = self.tenants.waiting[ticket.tenant]
+        return max((rows + ticket.rows) / self.rules.queue_rows, (size + ticket.bytes) / self.rules.queue_bytes)
 
     def cancel(self, ticket: Ticket) -> None:
         """The caller has left. In flight it is computed, but nobody is answered."""
@@ -267,8 +292,9 @@ class Scheduler:
                 return
 
     def _cut(self, executor: Executor, now_us: int) -> Group | None:
-        """The next batch for this executor: the most urgent model's tickets, up to the limits."""
-        rules = self.rules
+        """The next batch for this executor: the most urgent model's tickets, up to the limits; aged ones first when it
+        is their turn."""
+        rules, ageing = self.rules, self.ageing
         ready = [
             (head.priority, head.deadline_us, head.id, model)
             for model, queue in self.queues.items()
@@ -276,12 +302,28 @@ class Scheduler:
         ]
         if not ready:
             return None
-        model = min(ready)[3]
+        priority, *_, model = min(ready)
+        aged = self._aged([model for *_, model in ready], priority, now_us) if ageing.share else None
+        first = aged if ageing.due else None
+        displaced = first is not None and first.model != model
+        if first is not None:
+            model = first.model
         queue = self.queues[model]
         before, since_us = queue.rows, queue.since_us
-        tickets = queue.cut(rules.max_rows, rules.max_bytes, rules.coalesce)
-        self.forecast.cut(model, before - queue.rows, since_us, now_us)
+        tickets = queue.cut(rules.max_rows, rules.max_bytes, rules.coalesce, first)
+        rows = before - queue.rows
+        ageing.earn(rows, aged is not None)
+        if first is not None:
+            ageing.spend(rows if displaced else first.rows)
+        self.forecast.cut(model, rows, since_us, now_us)
         return Group(model, tickets)
+
+    def _aged(self, models: list[ModelKey], than: int, now_us: int) -> Ticket | None:
+        """Work of a less urgent class than this that has aged; of several, that with the earliest deadline."""
+        if len(models) == 1 and len(self.queues[models[0]].lines) == 1:
+            return None
+        heads = [head for model in models if (head := self.queues[model].aged(than, now_us)) is not None]
+        return min(heads, key=lambda head: (head.deadline_us, head.id), default=None)
 
     def _ripe_us(self, model: ModelKey, queue: Queue) -> int:
         """Until when a batch may wait for company: not at all unless there is a linger."""

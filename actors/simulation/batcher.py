@@ -106,7 +106,7 @@ class Batcher(Actor):
         self._tickets += 1
         ticket = Ticket(
             self._tickets, self.world.models[wish.model], wish.rows, wish.rows * 40, wish.priority,
-            now, now + wish.budget_us, caller,
+            now, now + wish.budget_us, caller, tenant=wish.tenant,
         )  # fmt: skip
         try:
             refuse_stale(wall - wish.sent_us, wish.budget_us, STALE_GRACE_US)

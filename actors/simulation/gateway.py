@@ -29,6 +29,7 @@ class Request(routing.Pending):
     rows: int
     priority: int
     budget_us: int
+    tenant: str
 
 
 class Gateway(Actor):
@@ -40,11 +41,11 @@ class Gateway(Actor):
         self._check_due_us = 0
         self._resent = 0
 
-    def ask(self, number: int, model: str, rows: int, priority: int, budget_us: int) -> Request:
+    def ask(self, number: int, model: str, rows: int, priority: int, budget_us: int, tenant: str = "") -> Request:
         """Somebody asks. The request leaves with the next turn."""
         request = Request(
             self.router.slot(), model, "", self.clock() + budget_us, rows * 40,
-            number=number, rows=rows, priority=priority, budget_us=budget_us,
+            number=number, rows=rows, priority=priority, budget_us=budget_us, tenant=tenant,
         )  # fmt: skip
         self.world.referee.asked(self, request)
         try:
@@ -93,7 +94,8 @@ class Gateway(Actor):
         wall = self.wall()
         for batcher, bundle in self.router.outgoing():
             wishes = tuple(
-                Wish(r.slot, r.number, r.model, r.rows, r.priority, max(1, r.deadline_us - now), wall) for r in bundle
+                Wish(r.slot, r.number, r.model, r.rows, r.priority, max(1, r.deadline_us - now), wall, r.tenant)
+                for r in bundle
             )
             self.world.send(self, batcher, Wishes(self.name, wishes))
 

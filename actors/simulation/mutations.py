@@ -4,11 +4,13 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any, NamedTuple
 
+from narsil_stream.actors.ageing import Ageing
 from narsil_stream.actors.decisions import Decision
 from narsil_stream.actors.flights import Executor, Group
 from narsil_stream.actors.leasing import Ledger, Place
+from narsil_stream.actors.line import Lane, Line
 from narsil_stream.actors.pleading import Pleading
-from narsil_stream.actors.queue import Line, ModelKey, Queue, State, Ticket
+from narsil_stream.actors.queue import ModelKey, Queue, State, Ticket
 from narsil_stream.actors.retrying import Retries
 from narsil_stream.actors.scheduling import FLOAT_BYTES, Scheduler
 from narsil_stream.core.routing import Router
@@ -25,7 +27,7 @@ class Mutation(NamedTuple):
 
 
 def _fifo(add: Callable[..., None]) -> Callable[..., None]:
-    def wrong(self: Line, ticket: Ticket) -> None:
+    def wrong(self: Lane, ticket: Ticket) -> None:
         add(self, ticket)
         self.entries.sort(key=lambda entry: entry[1])
 
@@ -36,7 +38,7 @@ def _reversed_classes(cut: Callable[..., list[Ticket]]) -> Callable[..., list[Ti
     def reverse(queue: Queue) -> None:
         queue.lines = {-priority: line for priority, line in queue.lines.items()}
 
-    def wrong(self: Queue, max_rows: int, max_bytes: int, coalesce: bool = True) -> list[Ticket]:
+    def wrong(self: Queue, max_rows: int, max_bytes: int, coalesce: bool, _: Ticket | None) -> list[Ticket]:
         reverse(self)
         tickets = cut(self, max_rows, max_bytes, coalesce)
         reverse(self)
@@ -139,7 +141,7 @@ def _waits_for_company(ripe_us: Callable[..., int]) -> Callable[..., int]:
 
 def _unbounded_queue(offer: Callable[..., None]) -> Callable[..., None]:
     def wrong(self: Scheduler, ticket: Ticket, now_us: int) -> None:
-        self.queues.setdefault(ticket.model, Queue()).push(ticket)
+        self.queues.setdefault(ticket.model, Queue(self.tenants)).push(ticket)
 
     return wrong
 
@@ -161,8 +163,22 @@ def _silent_loss(_: Any) -> Callable[..., Any]:
     return wrong
 
 
+def _nothing(_: Any) -> Callable[..., None]:
+    def wrong(*_: Any) -> None:
+        pass
+
+    return wrong
+
+
+def _always_ages(earn: Callable[..., None]) -> Callable[..., None]:
+    def wrong(self: Ageing, rows: int, aged_waits: bool) -> None:
+        earn(self, 100 * rows, aged_waits)
+
+    return wrong
+
+
 MUTATIONS = (
-    Mutation("fifo", "first come, first served inside a class, whatever the deadline", Line, "add", _fifo),
+    Mutation("fifo", "first come, first served inside a class, whatever the deadline", Lane, "add", _fifo),
     Mutation("class-inversion", "the least urgent class goes first", Queue, "cut", _reversed_classes),
     Mutation("lost-credit", "each fifth slot that an executor gives is dropped", Executor, "offer_slot", _lost_credit),
     Mutation("late-drop", "expired requests are dropped 5 ms late", Scheduler, "offer", _late_drop),
@@ -177,6 +193,9 @@ MUTATIONS = (
     Mutation("beyond-total", "an executor takes batches on void slots", Ledger, "accept", _beyond_total),
     Mutation("same-generation", "a slot changes hands under its old number", Ledger, "_free", _same_generation),
     Mutation("kept-lease", "a silent batcher keeps its slots", Ledger, "expire", _keeps_leases),
+    Mutation("no-ageing", "aged work of a less urgent class gets nothing", Ageing, "earn", _nothing),
+    Mutation("only-ageing", "aged work goes before more urgent work, always", Ageing, "earn", _always_ages),
+    Mutation("greedy-tenant", "tenants take no turns: the earliest deadline goes first", Line, "_charge", _nothing),
     Mutation("lost-request", "a gateway forgets what a lost batcher had", Router, "lose", _silent_loss),
 )
 BY_NAME = {mutation.name: mutation for mutation in MUTATIONS}

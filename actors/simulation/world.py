@@ -31,6 +31,9 @@ RULES = Rules(
     failover_factor=4.0,
 )
 WORK = frozenset([Batch, Result, Grant])
+PRIORITIES = ((1, 128, 128), (1, 1, 1, 128), (1, 2, 128))
+TENANTS = (("",), ("",), ("a", "b"), ("a", "b", "b", "b", "b", "b"), ("a", "b", "c", "c", "c"))
+"""Of one run; who stands there more often asks more often."""
 MODELS = {name: ModelKey(name, "1", f"digest of {name}") for name in ("m", "n")}
 
 
@@ -62,6 +65,8 @@ class World:
         self.executors: list[Executor] = []
         self.executors_by_name: dict[str, Executor] = {}
         self._pass_us = rng.choice((1.0, 4.0))
+        self._priorities = rng.choice(PRIORITIES)
+        self._tenants = rng.choice(TENANTS)
         self._queue: list[tuple[int, int, Callable[..., object], tuple[Any, ...]]] = []
         self._order = count()
         self._names = {kind: count() for kind in ("gateway", "batcher", "executor")}
@@ -200,8 +205,8 @@ class World:
                 self.poison.add(number)
             budget = budget_us or rng.choice((3_000, 20_000, 60_000, 150_000))
             model = rng.choice(tuple(self.models))
-            priority = rng.choice((1, 128, 128))
-            request = gateway.ask(number, model, rows or rng.choice((1, 1, 2, 8, 32)), priority, budget)
+            priority, tenant = rng.choice(self._priorities), rng.choice(self._tenants)
+            request = gateway.ask(number, model, rows or rng.choice((1, 1, 2, 8, 32)), priority, budget, tenant)
             if bad and rng.random() < 0.05:
                 self.at(self.now + rng.randrange(budget), gateway.withdraw, request)
         gateway.step()

@@ -26,8 +26,9 @@ def ticket(
     size: int = 10,
     arrived_us: int = 0,
     model: ModelKey = MODEL,
+    tenant: str = "",
 ) -> Ticket:
-    return Ticket(next(_ids), model, rows, size, priority, arrived_us, deadline_us)
+    return Ticket(next(_ids), model, rows, size, priority, arrived_us, deadline_us, tenant=tenant)
 
 
 class Batcher:

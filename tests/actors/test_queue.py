@@ -90,8 +90,8 @@ def test_cancelled_tickets_do_not_pile_up_behind_a_waiting_one():
         gone = ticket(deadline_us=2)
         queue.push(gone)
         queue.cancel(gone)
-    (line,) = queue.lines.values()
-    assert len(line.entries) < 100
+    (lane,) = queue.lines[128].lanes.values()
+    assert len(lane.entries) < 100
     assert queue.count == 1
 
 
@@ -104,9 +104,9 @@ def test_rows_ahead_are_those_of_more_urgent_priorities_and_earlier_deadlines():
         ticket(rows=4, priority=2, deadline_us=5 * step),
         ticket(rows=8, priority=3, deadline_us=1 * step),
     )
-    assert queue.rows_ahead(1, 8 * step) == 0
-    assert queue.rows_ahead(2, 3 * step) == 1 + 2
-    assert queue.rows_ahead(2, 5 * step) == 1 + 2 + 4
+    assert queue.rows_ahead(ticket(priority=1, deadline_us=8 * step)) == 0
+    assert queue.rows_ahead(ticket(priority=2, deadline_us=3 * step)) == 1 + 2
+    assert queue.rows_ahead(ticket(priority=2, deadline_us=5 * step)) == 1 + 2 + 4
 
 
 def test_the_accounts_agree_with_the_content_whatever_happens():
@@ -132,6 +132,6 @@ def test_the_accounts_agree_with_the_content_whatever_happens():
         assert queue.bytes == sum(one.bytes for one in inside)
         assert queue.head() is min(inside, key=lambda t: (t.priority, t.deadline_us, t.id), default=None)
         assert queue.earliest_deadline() == min((one.deadline_us for one in inside), default=None)
-        assert queue.rows_ahead(9, 0) == queue.rows
+        assert queue.rows_ahead(ticket(priority=9)) == queue.rows
     assert sorted(queue.drain(), key=id) == sorted(inside, key=id)
     assert (queue.rows, queue.bytes, queue.count, queue.lines) == (0, 0, 0, {})
