@@ -2,7 +2,7 @@
 
 
 class Ageing:
-    """Keeps account of that share, over all models of a batcher. Rows are the currency; debts are one batch at most."""
+    """Keeps account of that share in rows, over all models of a batcher; debts are one batch at most, savings two."""
 
     def __init__(self, share: float) -> None:
         self.share = share
@@ -10,9 +10,9 @@ class Ageing:
         self._credit = 0.0
 
     @property
-    def due(self) -> bool:
-        """Whether aged work goes first now."""
-        return self._credit > 0
+    def rows(self) -> float:
+        """That aged work may take first now; the last of its tickets may exceed them."""
+        return self._credit
 
     def earn(self, rows: int, aged_waits: bool) -> None:
         """A batch was cut. Nothing is saved up while nothing aged waits."""
@@ -20,6 +20,6 @@ class Ageing:
         if not aged_waits:
             self._credit = min(self._credit, 0.0)
 
-    def spend(self, rows: int) -> None:
+    def spend(self, rows: float) -> None:
         """Aged work has gone before more urgent work."""
         self._credit -= rows

@@ -261,14 +261,20 @@ class Batcher(Actor[Message]):
         """`held`: bytes of the message that views of its tensors keep in memory."""
         self._metrics.requests.offered.inc()
         self._stats.num_requests += 1
+        tenant = ""
         try:
             if self._phase == "gone":
                 raise Refused(Fault.UNAVAILABLE, "the batcher is stopping", 1_000)
             request = read()
             caller = msgspec.structs.replace(caller, id=request.id)
             ticket = self._reception.ticket(caller, model, version, request, held)
+            tenant = ticket.tenant
             self.policy.offer(ticket, now_us())
+            if tenant:
+                self._metrics.tenants.admitted(tenant, ticket.rows)
         except Refused as refused:
+            if tenant and refused.fault is Fault.OVERLOADED:
+                self._metrics.tenants.refused(tenant)
             self._count_refused(model, version)
             self._refuse(caller, refused)
             return

@@ -1,6 +1,6 @@
 """The batcher's waiting room for one model: priority classes, each with its tenants. Pure; times in monotonic µs."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 
 from narsil_stream.actors.line import Line
 from narsil_stream.actors.tenants import Tenants
@@ -51,10 +51,10 @@ class Queue:
         heads = [head for of, line in self.lines.items() if of > than and (head := line.first()).aged(now_us)]
         return min(heads, key=_deadline, default=None)
 
-    def cut(self, max_rows: int, max_bytes: int, coalesce: bool = True, aged: Ticket | None = None) -> list[Ticket]:
+    def cut(self, max_rows: int, max_bytes: int, coalesce: bool = True, aged: Iterable[Ticket] = ()) -> list[Ticket]:
         """Takes out the next batch: the most urgent ticket, and those behind it until the first that does not fit.
 
-        `aged`: a ticket that `aged` gave, which goes before them.
+        `aged`: what goes before them, each as `aged` gives it at that time.
         """
         rows = size = 0
         full = False
@@ -69,10 +69,12 @@ class Queue:
             return True
 
         tickets: list[Ticket] = []
-        if aged is not None:
-            fits(aged)
-            tickets.append(self.lines[aged.priority].take_first())
-            self._discount(aged.priority, tickets)
+        for ticket in aged:
+            if not fits(ticket):
+                break
+            tickets.append(self.lines[ticket.priority].take_first())
+            self._discount(ticket.priority, tickets[-1:])
+        full = full and not coalesce
         for priority in sorted(self.lines):
             taken = self.lines[priority].take_while(fits)
             self._discount(priority, taken)

@@ -74,7 +74,7 @@ class Reception:
         self._tickets += 1
         return Ticket(
             self._tickets, key, rows.count, rows.nbytes, request.priority or DEFAULT_PRIORITY, now, now + budget_us,
-            Work(rows, caller),
+            Work(rows, caller), tenant=request.tenant,
         )  # fmt: skip
 
     def _refuse_stale(self, request: InferRequest, budget_us: int) -> None:

@@ -11,6 +11,7 @@ culprit.
 from collections.abc import Iterator, Sequence
 
 from narsil_stream.actors.ageing import Ageing
+from narsil_stream.actors.cutting import Cutting
 from narsil_stream.actors.decisions import Decision, Dispatch, Drop, Rules, dropped
 from narsil_stream.actors.flights import DEMAND_EVERY_US, Executor, Fleet, Flight, Group
 from narsil_stream.actors.forecast import Forecast
@@ -38,6 +39,7 @@ class Scheduler:
         self.ageing = Ageing(rules.ageing)
         self.retries = Retries(self.executors)
         self.forecast = Forecast(self.executors, self.queues, self.ageing)
+        self.cutting = Cutting(self.queues, self.forecast, self.ageing)
         self.pleading = Pleading(name, self.executors, self.queues, self.retries)
         self._batches = 0
         self._decided_us = 0
@@ -284,56 +286,12 @@ class Scheduler:
         while self._waits():
             ready = [executor for executor in self.executors.values() if executor.up and executor.free]
             for executor in sorted(ready, key=lambda executor: len(executor.flights)):
-                group = self.retries.take_for(executor) or self._cut(executor, now_us)
+                group = self.retries.take_for(executor) or self.cutting.next(executor, self.rules, now_us)
                 if group is not None:
                     yield self._dispatch(executor, group, now_us)
                     break
             else:
                 return
-
-    def _cut(self, executor: Executor, now_us: int) -> Group | None:
-        """The next batch for this executor: the most urgent model's tickets, up to the limits; aged ones first when it
-        is their turn."""
-        rules, ageing = self.rules, self.ageing
-        ready = [
-            (head.priority, head.deadline_us, head.id, model)
-            for model, queue in self.queues.items()
-            if model in executor.models and (head := queue.head()) is not None and self._ripe_us(model, queue) <= now_us
-        ]
-        if not ready:
-            return None
-        priority, *_, model = min(ready)
-        aged = self._aged([model for *_, model in ready], priority, now_us) if ageing.share else None
-        first = aged if ageing.due else None
-        displaced = first is not None and first.model != model
-        if first is not None:
-            model = first.model
-        queue = self.queues[model]
-        before, since_us = queue.rows, queue.since_us
-        tickets = queue.cut(rules.max_rows, rules.max_bytes, rules.coalesce, first)
-        rows = before - queue.rows
-        ageing.earn(rows, aged is not None)
-        if first is not None:
-            ageing.spend(rows if displaced else first.rows)
-        self.forecast.cut(model, rows, since_us, now_us)
-        return Group(model, tickets)
-
-    def _aged(self, models: list[ModelKey], than: int, now_us: int) -> Ticket | None:
-        """Work of a less urgent class than this that has aged; of several, that with the earliest deadline."""
-        if len(models) == 1 and len(self.queues[models[0]].lines) == 1:
-            return None
-        heads = [head for model in models if (head := self.queues[model].aged(than, now_us)) is not None]
-        return min(heads, key=lambda head: (head.deadline_us, head.id), default=None)
-
-    def _ripe_us(self, model: ModelKey, queue: Queue) -> int:
-        """Until when a batch may wait for company: not at all unless there is a linger."""
-        rules = self.rules
-        due_us = queue.earliest_deadline()
-        if not rules.linger_us or not rules.coalesce or due_us is None:
-            return 0
-        if queue.rows >= rules.max_rows or queue.bytes >= rules.max_bytes:
-            return 0
-        return min(queue.since_us + rules.linger_us, due_us - self.forecast.times.predict(model, queue.rows))
 
     def _dispatch(self, executor: Executor, group: Group, now_us: int) -> Dispatch:
         rules = self.rules
@@ -369,7 +327,7 @@ class Scheduler:
             due_us = queue.earliest_deadline()
             if due_us is not None:
                 next_us = min(next_us, due_us)
-                if self.rules.linger_us and (ripe_us := self._ripe_us(model, queue)) > now_us:
+                if self.rules.linger_us and (ripe_us := self.cutting.ripe_us(model, queue, self.rules)) > now_us:
                     next_us = min(next_us, ripe_us)
         if self.retries or self.executors.busy():
             for group in self._groups():

@@ -63,17 +63,18 @@ class Fairness:
     def check(self, executor: str, model: ModelKey, taken: list[Ticket], now: int) -> None:
         """These have just left, in one batch."""
         rows = sum(ticket.rows for ticket in taken)
-        aged = self._check_order(model, taken, now)
+        aged = [ticket.rows for ticket in self._check_order(model, taken, now)]
         self._check_shares(model)
         share, most = self._rules.ageing, self._rules.max_rows
-        if aged and self._debt > 2 * share * most:  # it may have saved up a batch's worth, and this one's comes on top
-            self._fail(f"takes aged work of {aged} rows although it has had {self._debt:.0f} more than its share")
-        self._debt = max(0.0, self._debt - share * rows) + aged
+        beyond = self._debt + sum(aged) - max(aged, default=0)  # the last one may exceed it
+        if aged and beyond > 3 * share * most:  # it may have saved up two batches' worth; this one's comes on top
+            self._fail(f"takes aged work of {sum(aged)} rows that has had {self._debt:.0f} more than its share")
+        self._debt = max(0.0, self._debt - share * rows) + sum(aged)
         self._check_starving(executor, taken, rows, now)
 
-    def _check_order(self, model: ModelKey, taken: list[Ticket], now: int) -> int:
-        """The earliest deadline of each tenant and class first; no class before a more urgent one, but for one aged
-        ticket, whose rows it returns."""
+    def _check_order(self, model: ModelKey, taken: list[Ticket], now: int) -> list[Ticket]:
+        """The earliest deadline of each tenant and class first; no class before a more urgent one, but for aged work,
+        which it returns."""
         most_urgent_left: Ticket | None = None
         for priority in sorted(self._classes[model]):
             for tenant in self._classes[model][priority]:
@@ -85,12 +86,12 @@ class Fairness:
                         self._fail(f"takes {_name(ticket)} and leaves {_name(left)}, with an earlier deadline")
                 most_urgent_left = most_urgent_left or left
         if most_urgent_left is None:
-            return 0
+            return []
         early = [ticket for ticket in taken if ticket.priority > most_urgent_left.priority]
         for ticket in early:
-            if len(early) > 1 or not self._rules.ageing or not _aged(ticket, now):
+            if not self._rules.ageing or not _aged(ticket, now):
                 self._fail(f"takes {_name(ticket)} and leaves {_name(most_urgent_left)}, of a more urgent class")
-        return sum(ticket.rows for ticket in early)
+        return early
 
     def _check_shares(self, model: ModelKey) -> None:
         """Of two tenants with work waiting in a class, neither gets ahead of its share by more than a request each."""

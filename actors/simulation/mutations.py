@@ -1,11 +1,12 @@
 """Policy errors that can be planted, to see that the referee finds them. Each is a patch of the real policy's class."""
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from typing import Any, NamedTuple
 
 from narsil_stream.actors.ageing import Ageing
-from narsil_stream.actors.decisions import Decision
+from narsil_stream.actors.cutting import Cutting
+from narsil_stream.actors.decisions import Decision, Rules
 from narsil_stream.actors.flights import Executor, Group
 from narsil_stream.actors.leasing import Ledger, Place
 from narsil_stream.actors.line import Lane, Line
@@ -38,7 +39,7 @@ def _reversed_classes(cut: Callable[..., list[Ticket]]) -> Callable[..., list[Ti
     def reverse(queue: Queue) -> None:
         queue.lines = {-priority: line for priority, line in queue.lines.items()}
 
-    def wrong(self: Queue, max_rows: int, max_bytes: int, coalesce: bool, _: Ticket | None) -> list[Ticket]:
+    def wrong(self: Queue, max_rows: int, max_bytes: int, coalesce: bool, _: Iterable[Ticket]) -> list[Ticket]:
         reverse(self)
         tickets = cut(self, max_rows, max_bytes, coalesce)
         reverse(self)
@@ -133,8 +134,8 @@ def _idle_executor(pleads: Callable[..., bool]) -> Callable[..., bool]:
 
 
 def _waits_for_company(ripe_us: Callable[..., int]) -> Callable[..., int]:
-    def wrong(self: Scheduler, model: ModelKey, queue: Queue) -> int:
-        return max(ripe_us(self, model, queue), queue.since_us + 1_000)
+    def wrong(self: Cutting, model: ModelKey, queue: Queue, rules: Rules) -> int:
+        return max(ripe_us(self, model, queue, rules), queue.since_us + 1_000)
 
     return wrong
 
@@ -189,7 +190,7 @@ MUTATIONS = (
     Mutation("endless-resend", "a batch is tried again without end", Retries, "again", _tries_for_ever),
     Mutation("answer-twice", "the second result of a batch is answered, too", Scheduler, "result", _answers_twice),
     Mutation("idle-executor", "nobody asks for slots that others hold", Pleading, "pleads", _idle_executor),
-    Mutation("company", "a free executor waits 1 ms for a fuller batch", Scheduler, "_ripe_us", _waits_for_company),
+    Mutation("company", "a free executor waits 1 ms for a fuller batch", Cutting, "ripe_us", _waits_for_company),
     Mutation("beyond-total", "an executor takes batches on void slots", Ledger, "accept", _beyond_total),
     Mutation("same-generation", "a slot changes hands under its old number", Ledger, "_free", _same_generation),
     Mutation("kept-lease", "a silent batcher keeps its slots", Ledger, "expire", _keeps_leases),
