@@ -15,6 +15,8 @@ from narsil_stream.actors.queue import ModelKey, Queue, State, Ticket
 from narsil_stream.actors.retrying import Retries
 from narsil_stream.actors.scheduling import FLOAT_BYTES, Scheduler
 from narsil_stream.core.routing import Router
+from narsil_stream.core.throttle import Flow
+from narsil_stream.schemas.errors import Fault, Refused
 from narsil_stream.schemas.internal import Batch, Result, Slot
 
 
@@ -178,6 +180,15 @@ def _always_ages(earn: Callable[..., None]) -> Callable[..., None]:
     return wrong
 
 
+def _throttles_all(check: Callable[..., None]) -> Callable[..., None]:
+    def wrong(self: Flow, now_us: int) -> None:
+        if int(self.requests) % 3 == 1:
+            raise Refused(Fault.OVERLOADED, "enough", 1_000)
+        check(self, now_us)
+
+    return wrong
+
+
 MUTATIONS = (
     Mutation("fifo", "first come, first served inside a class, whatever the deadline", Lane, "add", _fifo),
     Mutation("class-inversion", "the least urgent class goes first", Queue, "cut", _reversed_classes),
@@ -197,6 +208,7 @@ MUTATIONS = (
     Mutation("no-ageing", "aged work of a less urgent class gets nothing", Ageing, "earn", _nothing),
     Mutation("only-ageing", "aged work goes before more urgent work, always", Ageing, "earn", _always_ages),
     Mutation("greedy-tenant", "tenants take no turns: the earliest deadline goes first", Line, "_charge", _nothing),
+    Mutation("eager-throttle", "gateways refuse what batchers would accept", Flow, "check", _throttles_all),
     Mutation("lost-request", "a gateway forgets what a lost batcher had", Router, "lose", _silent_loss),
 )
 BY_NAME = {mutation.name: mutation for mutation in MUTATIONS}

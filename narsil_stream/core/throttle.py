@@ -1,8 +1,8 @@
 """Refusing where the request comes in what batchers would refuse anyway: the requester's half of overload. Pure; µs.
 
 Google's adaptive throttling, by what became of the last half second: of requests like this one, a part of
-(requests - K * accepts) / (requests + 1) is refused here. A request counts once its fate is known, so slow answers
-throttle nobody.
+(requests - K * accepts - FEW) / (requests + 1) is refused here. A request counts once its fate is known, so slow
+answers throttle nobody.
 """
 
 from math import ceil
@@ -12,6 +12,8 @@ from narsil_stream.schemas.errors import Fault, Refused
 
 K = 1.5
 """So many requests for each that is accepted get through: the ones beyond find out when the overload is over."""
+FEW = 10
+"""Refusals that throttle nobody yet: of so few nothing follows, and to send them costs little."""
 STEP_US = 50_000
 KEPT = 0.8
 """Of the counts in each step: after half a second a tenth of them is left."""
@@ -35,9 +37,10 @@ class Kind(NamedTuple):
 class Flow:
     """What became of one kind of requests lately."""
 
-    __slots__ = ("_again_us", "_carry", "_since_us", "_told_us", "accepts", "requests")
+    __slots__ = ("_again_us", "_carry", "_few", "_since_us", "_told_us", "accepts", "requests")
 
-    def __init__(self, now_us: int) -> None:
+    def __init__(self, now_us: int, few: int = FEW) -> None:
+        self._few = few
         self.requests = 0.0
         self.accepts = 0.0
         self._since_us = now_us
@@ -65,7 +68,7 @@ class Flow:
         if not self.throttles(now_us):
             return
         self._roll(now_us)
-        self._carry += max(0.0, self.requests - K * self.accepts) / (self.requests + 1)
+        self._carry += max(0.0, self.requests - K * self.accepts - self._few) / (self.requests + 1)
         if self._carry >= 1:
             self._carry -= 1
             self.requests += 1
@@ -73,7 +76,7 @@ class Flow:
             raise Refused(Fault.OVERLOADED, "most requests like this one are refused at the moment", wait_us)
 
     def throttles(self, now_us: int) -> bool:
-        return now_us - self._told_us < LASTS_US and self.requests > K * self.accepts
+        return now_us - self._told_us < LASTS_US and self.requests > K * self.accepts + self._few
 
     def idle(self, now_us: int) -> bool:
         return now_us - self._since_us > LASTS_US
@@ -90,7 +93,8 @@ class Flow:
 class Throttle:
     """The flows of one requester."""
 
-    def __init__(self) -> None:
+    def __init__(self, few: int = FEW) -> None:
+        self._few = few
         self._flows: dict[Kind, Flow] = {}
 
     def flow(self, kind: Kind, now_us: int) -> Flow:
@@ -100,7 +104,7 @@ class Throttle:
                 self._flows = {of: known for of, known in self._flows.items() if not known.idle(now_us)}
             if len(self._flows) >= MOST_FLOWS:
                 self._flows.clear()
-            flow = self._flows[kind] = Flow(now_us)
+            flow = self._flows[kind] = Flow(now_us, self._few)
         return flow
 
 

@@ -872,3 +872,64 @@ def test_new_weights_of_one_version_have_a_queue_of_their_own():
     batcher.hear("e1", S0, models=(new,), retiring=(MODEL,))
     (sent,) = batcher.decide()
     assert sent.model == new
+
+
+# Ageing and tenants
+
+
+def served_under_pressure(batcher: Batcher, rounds: int, **low: object) -> tuple[int, int]:
+    """Rows of class 1 and of class 128 that are sent while there is always more of class 1 than fits."""
+    urgent = less = 0
+    for at in range(rounds):
+        batcher.offer(
+            *(ticket(arrived_us=batcher.now, deadline_us=batcher.now + BUDGET_US, priority=1) for _ in "12345678")
+        )
+        (sent,) = batcher.decide()
+        urgent += sum(one.rows for one in sent.tickets if one.priority == 1)
+        less += sum(one.rows for one in sent.tickets if one.priority == 128)
+        batcher.answer(sent, grant=Slot(0, at + 1))
+        batcher.now += 10_000
+        batcher.hear("e1", Slot(0, at + 1), total=1)
+    return urgent, less
+
+
+@pytest.mark.parametrize(("ageing", "expected"), [(0.0, 0), (0.25, 40)])
+def test_less_urgent_work_gets_its_share_once_it_has_aged(ageing: float, expected: int):
+    """Strict priorities starve: without a share it would wait until its budget is gone."""
+    batcher = one_executor(S0, ageing=ageing, queue_rows=10_000, queue_bytes=100_000)
+    batcher.offer(*(ticket() for _ in range(100)))
+    batcher.now = BUDGET_US // 2
+    urgent, less = served_under_pressure(batcher, 20)
+    assert urgent + less == 160
+    assert abs(less - expected) <= 4
+
+
+def test_work_that_has_not_aged_waits_for_more_urgent_work():
+    """Priorities would mean little while there is time."""
+    batcher = one_executor(S0, ageing=0.25, queue_rows=10_000, queue_bytes=100_000)
+    batcher.offer(*(ticket() for _ in range(100)))
+    assert served_under_pressure(batcher, 20) == (160, 0)
+
+
+def test_a_tenant_that_overloads_the_queue_is_refused_before_others():
+    """One caller's flood would be everybody's outage."""
+    batcher = one_executor(S0, queue_rows=80)
+    batcher.offer(ticket(tenant="modest"), *(ticket(tenant="greedy") for _ in range(69)))
+    assert batcher.refuses(ticket(tenant="greedy")).fault is Fault.OVERLOADED
+    batcher.offer(*(ticket(tenant="modest") for _ in range(10)))
+    assert "queue is full" in batcher.refuses(ticket(tenant="modest")).detail
+
+
+def test_a_tenant_alone_may_fill_the_queue():
+    """Room that nobody else wants is no use to anybody."""
+    batcher = one_executor(S0, queue_rows=80)
+    batcher.offer(*(ticket(tenant="only") for _ in range(80)))
+
+
+def test_the_predicted_wait_of_a_modest_tenant_does_not_count_the_others_backlog():
+    """It would be refused although its turn comes soon."""
+    batcher = one_executor(S0, queue_rows=10_000, queue_bytes=100_000)
+    batcher.teach(8, 8_000)
+    batcher.offer(*(ticket(tenant="greedy") for _ in range(794)))
+    assert batcher.refuses(ticket(tenant="greedy")).fault is Fault.OVERLOADED
+    batcher.offer(ticket(tenant="modest", deadline_us=100_000))

@@ -18,7 +18,9 @@ from narsil_stream.actors.simulation.weather import KINDS, Faults
 from narsil_stream.actors.simulation.world import LEASE_US, RULES, World
 from narsil_stream.schemas.internal import ModelRef
 
-SEEDS = 1_000
+SEEDS = 10_000
+BLOCKS = 4
+"""Tests that share them, so that pytest-xdist can spread them."""
 REGRESSIONS = {
     1: "work waited for up to 20 ms beside an idle executor, because who had it had asked for a slot too recently",
     282: "a batcher kept the slot of an idle executor for work that it had sent elsewhere meanwhile",
