@@ -266,9 +266,9 @@ class Batcher(Actor[Message]):
             if self._phase == "gone":
                 raise Refused(Fault.UNAVAILABLE, "the batcher is stopping", 1_000)
             request = read()
+            tenant = request.tenant
             caller = msgspec.structs.replace(caller, id=request.id)
             ticket = self._reception.ticket(caller, model, version, request, held)
-            tenant = ticket.tenant
             self.policy.offer(ticket, now_us())
             if tenant:
                 self._metrics.tenants.admitted(tenant, ticket.rows)

@@ -24,6 +24,8 @@ from narsil_stream.schemas.internal import ExecutorBeat, Result, Slot
 
 FLOAT_BYTES = 4
 NEVER = 1 << 62
+OVERLOAD_US = 100_000
+"""So long after a refusal more of them are expected."""
 LATE = Fault.DEADLINE_EXCEEDED
 
 
@@ -43,6 +45,7 @@ class Scheduler:
         self.pleading = Pleading(name, self.executors, self.queues, self.retries)
         self._batches = 0
         self._decided_us = 0
+        self._overloaded_us = -OVERLOAD_US
         self._told_rows = 0
         """What the last heartbeat said, also to executors that were not known here yet."""
 
@@ -66,6 +69,18 @@ class Scheduler:
 
     def offer(self, ticket: Ticket, now_us: int) -> None:
         """Admit a ticket, or raise `Refused` with OVERLOADED, UNAVAILABLE or TOO_LARGE."""
+        self.check(ticket, now_us)
+        queue = self.queues.get(ticket.model)
+        if queue is None:
+            queue = self.queues[ticket.model] = Queue(self.tenants)
+        queue.push(ticket)
+
+    def overloaded(self, now_us: int) -> bool:
+        """Whether a ticket was refused for that a moment ago: then it pays to ask `check` before anything else."""
+        return now_us - self._overloaded_us < OVERLOAD_US
+
+    def check(self, ticket: Ticket, now_us: int) -> None:
+        """Raises what `offer` would raise."""
         rules = self.rules
         if ticket.rows > rules.max_rows or ticket.bytes > rules.max_bytes:
             raise Refused(
@@ -78,16 +93,13 @@ class Scheduler:
         self._find_room(ticket, now_us)
         late_us = self.forecast.late_by(ticket, now_us)
         if late_us > 0:
+            self._overloaded_us = now_us
             budget_us = ticket.deadline_us - ticket.arrived_us
             raise Refused(
                 Fault.OVERLOADED,
                 f"the wait would be {budget_us + late_us} us; the budget is {budget_us} us",
                 late_us,
             )
-        queue = self.queues.get(ticket.model)
-        if queue is None:
-            queue = self.queues[ticket.model] = Queue(self.tenants)
-        queue.push(ticket)
 
     def _find_room(self, ticket: Ticket, now_us: int) -> None:
         """Raises OVERLOADED if the queue is full, or if its tenant has more than its share and little room is left."""
@@ -102,6 +114,7 @@ class Scheduler:
             why = f"the queue is nearly full, and tenant '{name}' has more than its share of it"
         else:
             return
+        self._overloaded_us = now_us
         raise Refused(Fault.OVERLOADED, why, max(self.forecast.wait_us(ticket.model, now_us), 1_000))
 
     def _held(self, ticket: Ticket) -> float:

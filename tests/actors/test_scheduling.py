@@ -920,6 +920,16 @@ def test_a_tenant_that_overloads_the_queue_is_refused_before_others():
     assert "queue is full" in batcher.refuses(ticket(tenant="modest")).detail
 
 
+def test_after_a_refusal_for_overload_more_are_expected_for_a_moment():
+    """Requests are then checked against the queue before their tensors are looked at; later that would cost twice."""
+    batcher = one_executor(S0, queue_rows=8)
+    assert not batcher.policy.overloaded(batcher.now)
+    batcher.offer(ticket(rows=8))
+    batcher.refuses(ticket())
+    assert batcher.policy.overloaded(batcher.now)
+    assert not batcher.policy.overloaded(batcher.now + 1_000_000)
+
+
 def test_a_tenant_alone_may_fill_the_queue():
     """Room that nobody else wants is no use to anybody."""
     batcher = one_executor(S0, queue_rows=80)
