@@ -35,8 +35,9 @@ class Forecast:
         """
         serving = self._executors.serving(ticket.model)
         room_us = ticket.deadline_us - now_us - self.times.predict(ticket.model, ticket.rows)
+        queue = self._queues.get(ticket.model)
         late_us = int(MARGIN * self._wait_us(serving, now_us)) - room_us
-        if late_us <= 0:
+        if late_us <= 0 and (queue is None or not queue.shared()):
             return late_us
         waiting = any(queue.count for queue in self._queues.values())
         if not waiting and any(executor.free and not executor.flights for executor in serving):

@@ -13,6 +13,10 @@ from narsil_stream.actors.ticket import State, Ticket
 
 STEP = 11
 """Deadlines are counted in steps of 2**11 µs, which is as exact as a predicted wait has to be."""
+WEIGHT = 0.1
+"""Of the newest batch in the moving mean of a tenant's part."""
+ALONE, LEAST = 0.99, 0.01
+"""A part above the one is all there is; none is below the other."""
 MOST_TAGS = 128
 """Of tenants with nothing in the line; above that those that have no meaning any more are let go."""
 
@@ -24,7 +28,7 @@ class Lane:
     faster than a heap.
     """
 
-    __slots__ = ("count", "due", "entries", "rows", "tag", "weight")
+    __slots__ = ("count", "due", "entries", "part", "rows", "tag", "weight")
 
     def __init__(self, weight: float = 1.0, tag: float = 0.0) -> None:
         self.entries: list[tuple[int, int, Ticket]] = []
@@ -34,6 +38,8 @@ class Lane:
         """Rows by the step of their deadline."""
         self.weight = weight
         self.tag = tag
+        self.part = 1.0
+        """Of the rows that left the line while this tenant had more waiting, those that were its own; a moving mean."""
 
     def first(self) -> Ticket:
         """The waiting ticket with the earliest deadline; there is one."""
@@ -88,12 +94,14 @@ class Lane:
 class Line:
     """Lanes by tenant, each with one ticket at least."""
 
-    __slots__ = ("_due_us", "_tags", "_virtual", "count", "lanes", "rows")
+    __slots__ = ("_due_us", "_tags", "_virtual", "count", "lanes", "part", "rows")
 
     def __init__(self) -> None:
         self.lanes: dict[str, Lane] = {}
         self.rows = 0
         self.count = 0
+        self.part = 1.0
+        """Of the rows that left the queue while this class had more waiting, those that were its own; a moving mean."""
         self._virtual = 0.0
         """The tag of who was served last, before it was served."""
         self._tags: dict[str, float] = {}
@@ -148,9 +156,11 @@ class Line:
             ((name, lane),) = self.lanes.items()
             self._virtual = lane.tag  # alone it is charged nothing: there is nobody to be fair to
             taken = lane.take_while(fits)
+            lane.part = learnt(lane.part, 1.0)
             self._part(name)
         else:
             taken = self._take_turns(fits)
+            self._learn_parts(taken)
         self._discount(taken)
         return taken
 
@@ -165,15 +175,16 @@ class Line:
 
     def rows_ahead(self, ticket: Ticket, weight: float) -> int:
         """Rows that would be served before a new ticket: of its tenant those with earlier deadlines, of the others what
-        their turns allow meanwhile."""
+        their turns allow meanwhile, or what they have been taking lately, as more of theirs will come."""
         lanes = self.lanes
         own = lanes.get(ticket.tenant)
         ahead = own.rows_until(ticket.deadline_us) if own is not None else 0
-        if len(lanes) == (own is not None):
+        part = own.part if own is not None else 1.0
+        if len(lanes) == (own is not None) and part > ALONE:
             return ahead
         turns = (ahead + ticket.rows) / weight
         others = sum(min(lane.rows, turns * lane.weight) for lane in lanes.values() if lane is not own)
-        return ahead + int(others)
+        return ahead + int(max(others, ahead * (1 / part - 1)))
 
     def _take_turns(self, fits: Callable[[Ticket], bool]) -> list[Ticket]:
         taken: list[Ticket] = []
@@ -193,6 +204,17 @@ class Line:
                 heappop(turns)
                 self._part(name)
         return taken
+
+    def _learn_parts(self, taken: list[Ticket]) -> None:
+        rows = dict.fromkeys(self.lanes, 0)
+        total = 0
+        for ticket in taken:
+            total += ticket.rows
+            if ticket.tenant in rows:
+                rows[ticket.tenant] += ticket.rows
+        if total:
+            for name, own in rows.items():
+                self.lanes[name].part = learnt(self.lanes[name].part, own / total)
 
     def _charge(self, lane: Lane, ticket: Ticket) -> None:
         self._virtual = max(self._virtual, lane.tag)
@@ -214,6 +236,11 @@ class Line:
         for ticket in tickets:
             self.rows -= ticket.rows
         self._due_us = None
+
+
+def learnt(part: float, newest: float) -> float:
+    """The moving mean, which is never 0: what has no part at present may have one soon."""
+    return max(LEAST, part + WEIGHT * (newest - part))
 
 
 def _turn(lane: Lane) -> tuple[float, int, int]:

@@ -2,7 +2,7 @@
 
 from collections.abc import Callable, Iterable
 
-from narsil_stream.actors.line import Line
+from narsil_stream.actors.line import ALONE, Line, learnt
 from narsil_stream.actors.tenants import Tenants
 from narsil_stream.actors.ticket import ModelKey, State, Ticket
 
@@ -83,6 +83,7 @@ class Queue:
                 break
         for ticket in tickets:
             ticket.state = State.IN_FLIGHT
+        self._learn_parts(tickets)
         return tickets
 
     def expired(self, now_us: int) -> list[Ticket]:
@@ -101,15 +102,27 @@ class Queue:
                 return line.earliest_deadline()
         return min((line.earliest_deadline() for line in lines.values()), default=None)
 
+    def shared(self) -> bool:
+        """Whether several tenants or classes come: who waits last may then be overtaken by who has not come yet."""
+        if len(self.tenants.waiting) > 1 or len(self.lines) > 1:
+            return True
+        return any(line.part < ALONE for line in self.lines.values())
+
     def rows_ahead(self, ticket: Ticket) -> int:
-        """Rows that would be served before a new ticket, by class and turn; deadlines count to the step."""
+        """Rows that would be served before a new ticket, by class and turn; deadlines count to the step.
+
+        Of more urgent classes those that wait, or as many as they have been taking lately, as more of theirs will come.
+        """
         ahead = 0
+        awaited = 0.0
         for of, line in self.lines.items():
             if of < ticket.priority:
                 ahead += line.rows
             elif of == ticket.priority:
-                ahead += line.rows_ahead(ticket, self.tenants.weight(ticket.tenant))
-        return ahead
+                own = line.rows_ahead(ticket, self.tenants.weight(ticket.tenant))
+                ahead += own
+                awaited = own / line.part
+        return max(ahead, int(awaited))
 
     def rows_aged_ahead(self, ticket: Ticket) -> int:
         """Rows that would be served before a new ticket out of what is kept for aged work: by turn in its own class,
@@ -121,6 +134,20 @@ class Queue:
             elif of > min(self.lines):
                 ahead += sum(lane.rows_until(ticket.deadline_us) for lane in line.lanes.values())
         return ahead
+
+    def _learn_parts(self, tickets: list[Ticket]) -> None:
+        """What part of the batch each class had that still waits."""
+        lines = self.lines
+        if not tickets or not lines:
+            return
+        if len(lines) == 1 and len({tickets[0].priority, tickets[-1].priority, *lines}) == 1:
+            for line in lines.values():
+                line.part = learnt(line.part, 1.0)
+            return
+        total = sum(ticket.rows for ticket in tickets)
+        for of, line in lines.items():
+            own = sum(ticket.rows for ticket in tickets if ticket.priority == of)
+            line.part = learnt(line.part, own / total)
 
     def _take_all(self, out: Callable[[Ticket], bool]) -> list[Ticket]:
         tickets: list[Ticket] = []
