@@ -211,7 +211,7 @@ class Batcher(Actor[Message]):
                     self._catalogue.changed = False
                     self._beat_due_us = 0
             case Grant():
-                self.policy.grant(message.executor, message.slot)
+                self.policy.grant(message.executor, message.slot, now_us())
             case Cancel():
                 for slot in message.slots:
                     self._cancel(message.reply, slot)
@@ -268,14 +268,20 @@ class Batcher(Actor[Message]):
         """`held`: bytes of the message that views of its tensors keep in memory."""
         self._metrics.requests.offered.inc()
         self._stats.num_requests += 1
+        tenant = ""
         try:
             if self._phase == "gone":
                 raise Refused(Fault.UNAVAILABLE, "the batcher is stopping", 1_000)
             request = read()
+            tenant = request.tenant
             caller = msgspec.structs.replace(caller, id=request.id)
             ticket = self._reception.ticket(caller, model, version, request, held)
             self.policy.offer(ticket, now_us())
+            if tenant:
+                self._metrics.tenants.admitted(tenant, ticket.rows)
         except Refused as refused:
+            if tenant and refused.fault is Fault.OVERLOADED:
+                self._metrics.tenants.refused(tenant)
             self._count_refused(model, version)
             self._refuse(caller, refused)
             return

@@ -8,12 +8,40 @@ from narsil_stream.actors.scheduling import Scheduler
 from narsil_stream.core.actor import Mailbox
 from narsil_stream.core.telemetry import ROWS, SECONDS, RequestMetrics, gauges
 
+MOST_TENANTS = 32
+"""That have a label of their own, those that came first; the others share one."""
+
+
+class TenantMetrics:
+    """By tenant, of those that have a name."""
+
+    def __init__(self, registry: CollectorRegistry) -> None:
+        self._rows = Counter("narsil_tenant_rows", "Rows admitted, by tenant", ["tenant"], registry=registry)
+        self._refused = Counter(
+            "narsil_tenant_refusals", "Requests refused as OVERLOADED, by tenant", ["tenant"], registry=registry
+        )
+        self._labels: set[str] = set()
+
+    def admitted(self, tenant: str, rows: int) -> None:
+        self._rows.labels(self._label(tenant)).inc(rows)
+
+    def refused(self, tenant: str) -> None:
+        self._refused.labels(self._label(tenant)).inc()
+
+    def _label(self, tenant: str) -> str:
+        if tenant not in self._labels:
+            if len(self._labels) >= MOST_TENANTS:
+                return "(others)"
+            self._labels.add(tenant)
+        return tenant
+
 
 class BatcherMetrics:
     """The batcher's own; the requests' are in `RequestMetrics`."""
 
     def __init__(self, registry: CollectorRegistry, policy: Scheduler, mailbox: Mailbox[Any]) -> None:
         self.requests = RequestMetrics(registry)
+        self.tenants = TenantMetrics(registry)
         self.batch_rows = Histogram("narsil_batch_rows", "Rows in a batch", buckets=ROWS, registry=registry)
         self.batch_fill = Histogram(
             "narsil_batch_fill_ratio", "Rows in a batch, of max_rows", buckets=[i / 10 for i in range(1, 11)],

@@ -2,7 +2,7 @@
 
 from msgspec import Struct
 
-from narsil_stream.actors.queue import ModelKey, Ticket
+from narsil_stream.actors.queue import ModelKey, State, Ticket
 from narsil_stream.core.config import Config
 from narsil_stream.schemas.errors import Fault
 from narsil_stream.schemas.internal import Demand, Slot
@@ -19,6 +19,10 @@ class Rules(Struct, frozen=True):
     linger_us: int = 0
     coalesce: bool = True
     """False: one request is one batch (mode `worker`)."""
+    ageing: float = 0.0
+    """Share of the rows for less urgent work that has aged; 0: strict priorities."""
+    weights: dict[str, float] = {}
+    """Of tenants; 1 for those that are not named."""
 
 
 def rules(config: Config, max_bytes: int) -> Rules:
@@ -34,6 +38,8 @@ def rules(config: Config, max_bytes: int) -> Rules:
         failover_factor=timing.failover_factor,
         linger_us=batch.linger_us,
         coalesce=config.mode != "worker",
+        ageing=batch.ageing_percent / 100,
+        weights=batch.weights,
     )
 
 
@@ -59,6 +65,12 @@ class Drop(Struct, frozen=True):
     fault: Fault
     detail: str
     retry_after_us: int = 0
+
+
+def dropped(ticket: Ticket, fault: Fault, detail: str, retry_after_us: int = 0) -> Drop:
+    """The end of this ticket."""
+    ticket.state = State.DONE
+    return Drop(ticket, fault, detail, retry_after_us)
 
 
 class Plead(Struct, frozen=True):

@@ -1,6 +1,6 @@
 """What the batcher knows of batches under way and of the executors that they went to. Pure; times in monotonic µs."""
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable
 from dataclasses import dataclass, field
 from operator import attrgetter
 
@@ -45,6 +45,8 @@ class Group:
     def expired(self, now_us: int) -> list[Ticket]:
         """Takes out those whose deadline has passed."""
         tickets = self._tickets
+        if tickets and tickets[0].deadline_us > now_us and tickets[0].state is not State.DONE:
+            return []
         past = 0
         while past < len(tickets) and (tickets[past].deadline_us <= now_us or tickets[past].state is State.DONE):
             past += 1
@@ -153,6 +155,8 @@ class Executor:
 
     def remaining_us(self, now_us: int) -> int:
         """Predicted time until all that was sent there is computed, one batch after the other."""
+        if not self.flights:
+            return 0
         flights = [flight for flight in self.flights.values() if not flight.late]
         if not flights:
             return 0
@@ -161,6 +165,8 @@ class Executor:
 
     def full(self) -> bool:
         """Whether all its slots are in use by this batcher."""
+        if len(self.flights) < self.slots:
+            return False
         return sum(not flight.late for flight in self.flights.values()) >= self.slots
 
 
@@ -171,11 +177,38 @@ def keys(refs: Iterable[ModelRef]) -> frozenset[ModelKey]:
 class Fleet(dict[str, Executor]):
     """The executors that are alive, by id."""
 
+    def __init__(self) -> None:
+        super().__init__()
+        self.expected: dict[str, int] = {}
+        """Executors that gave a slot before their first heartbeat was heard, and until when that is waited for."""
+
+    def add(self, executor: Executor) -> None:
+        self.expected.pop(executor.id, None)
+        self[executor.id] = executor
+
+    def give_up_expected(self, now_us: int) -> None:
+        for name in [name for name, until_us in self.expected.items() if until_us <= now_us]:
+            del self.expected[name]
+
+    def hopeless(self, model: ModelKey) -> bool:
+        """Whether nobody is left for it, nor about to come."""
+        return not self.expected and not self.served(model)
+
     def serving(self, model: ModelKey) -> list[Executor]:
         return [executor for executor in self.values() if executor.up and model in executor.models]
 
     def served(self, model: ModelKey) -> bool:
-        return any(executor.up and model in executor.models for executor in self.values())
+        for executor in self.values():  # noqa: SIM110 - `any` takes twice as long, and this is asked all the time
+            if executor.up and model in executor.models:
+                return True
+        return False
+
+    def busy(self) -> bool:
+        """Whether anything is under way."""
+        for executor in self.values():  # noqa: SIM110
+            if executor.flights:
+                return True
+        return False
 
     def offered(self, model: ModelKey) -> bool:
         return any(executor.up and model in executor.offers for executor in self.values())
@@ -184,7 +217,8 @@ class Fleet(dict[str, Executor]):
         return self[executor].flights.get(batch) if executor in self else None
 
     def flying(self, group: Group) -> bool:
-        return any(flight.group is group for executor in self.values() for flight in executor.flights.values())
-
-    def groups(self) -> Iterator[Group]:
-        return (flight.group for executor in self.values() for flight in executor.flights.values())
+        for executor in self.values():
+            for flight in executor.flights.values():
+                if flight.group is group:
+                    return True
+        return False

@@ -105,11 +105,10 @@ class Ledger:
         if not self.open or not self.batchers:
             return []
         granted = [self._lease(place, name, now_us) for place, name in self._asked(now_us)]
-        granted.extend(  # lazily: each lease counts for the next one's choice
-            self._lease(place, place.last if place.last in self.batchers else self._fewest(), now_us)
-            for place in self.places
-            if not place.holder and not place.busy
-        )
+        for place in self.places:
+            if not place.holder and not place.busy:
+                name = place.last if place.last in self.batchers else self._fewest()
+                granted.append(self._lease(place, name, now_us))
         return [Grant(self.executor, place.slot) for place in granted]
 
     def leases(self) -> tuple[Lease, ...]:
@@ -123,12 +122,13 @@ class Ledger:
 
     def _asked(self, now_us: int) -> list[tuple[Place, str]]:
         """Free slots, or idle ones of batchers that do not use them, for those who wait without a slot in hand."""
-        idle = [place for place in self.places if not place.busy]
-        if not idle:
-            return []
-        in_hand = {place.holder for place in idle}
-        asking = [(b.due_us, name) for name, b in self.batchers.items() if b.rows and name not in in_hand]
+        asking = [(b.due_us, name) for name, b in self.batchers.items() if b.rows]
         if not asking:
+            return []
+        idle = [place for place in self.places if not place.busy]
+        in_hand = {place.holder for place in idle}
+        asking = [(due_us, name) for due_us, name in asking if name not in in_hand]
+        if not asking or not idle:
             return []
         spare = [p for p in idle if not p.holder]
         spare += [p for p in idle if p.holder and (not self.batchers[p.holder].rows or p.leased_us + HOLD_US <= now_us)]

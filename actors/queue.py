@@ -1,115 +1,27 @@
-"""The batcher's waiting room: earliest deadline first inside a priority class. Pure; times in monotonic µs."""
+"""The batcher's waiting room for one model: priority classes, each with its tenants. Pure; times in monotonic µs."""
 
-import enum
-from bisect import insort
-from collections import defaultdict
-from collections.abc import Callable
-from dataclasses import dataclass, field
-from typing import Any, NamedTuple
+from collections.abc import Callable, Iterable
 
-STEP = 11
-"""Deadlines are counted in steps of 2**11 µs, which is as exact as a predicted wait has to be."""
+from narsil_stream.actors.line import ALONE, Line, learnt
+from narsil_stream.actors.tenants import Tenants
+from narsil_stream.actors.ticket import ModelKey, State, Ticket
+
+__all__ = ["ModelKey", "Queue", "State", "Ticket"]
 
 
-class ModelKey(NamedTuple):
-    """One model's weights. What was checked against some weights is never computed with others of the same version."""
-
-    name: str
-    version: str
-    digest: str
-
-
-class State(enum.Enum):
-    WAITING = "waiting"
-    IN_FLIGHT = "in flight"
-    DONE = "done"
-
-
-@dataclass(slots=True, eq=False)
-class Ticket:
-    """One admitted request, as the policy sees it. What to score and whom to answer is `payload`, which it ignores."""
-
-    id: int
-    """Grows with each ticket of a batcher."""
-    model: ModelKey
-    rows: int
-    bytes: int
-    priority: int
-    """1 is the most urgent."""
-    arrived_us: int
-    deadline_us: int
-    payload: Any = None
-    state: State = State.WAITING
-
-
-@dataclass(slots=True, eq=False)
-class Line:
-    """The tickets of one priority, sorted. Cancelled ones stay until they come up or outnumber the others.
-
-    Tickets come nearly in the order of their deadlines and leave from the front, many at once: a plain list does both
-    faster than a heap.
-    """
-
-    entries: list[tuple[int, int, Ticket]] = field(default_factory=list)
-    count: int = 0
-    rows: int = 0
-    due: defaultdict[int, int] = field(default_factory=lambda: defaultdict(int))
-    """Rows by the step of their deadline."""
-
-    def first(self) -> Ticket:
-        """The most urgent waiting ticket; there is one."""
-        entries = self.entries
-        if entries[0][2].state is not State.WAITING:
-            del entries[: next(at for at, entry in enumerate(entries) if entry[2].state is State.WAITING)]
-        return entries[0][2]
-
-    def add(self, ticket: Ticket) -> None:
-        insort(self.entries, (ticket.deadline_us, ticket.id, ticket))
-        self.count += 1
-        self.rows += ticket.rows
-        self.due[ticket.deadline_us >> STEP] += ticket.rows
-
-    def discount(self, ticket: Ticket) -> None:
-        step = ticket.deadline_us >> STEP
-        self.count -= 1
-        self.rows -= ticket.rows
-        self.due[step] -= ticket.rows
-        if not self.due[step]:
-            del self.due[step]
-
-    def take_while(self, fits: Callable[[Ticket], bool]) -> list[Ticket]:
-        """Takes out waiting tickets, the most urgent first, up to the first that does not fit."""
-        taken: list[Ticket] = []
-        passed = 0
-        for _, _, ticket in self.entries:
-            if ticket.state is State.WAITING:
-                if not fits(ticket):
-                    break
-                taken.append(ticket)
-                self.discount(ticket)
-            passed += 1
-        del self.entries[:passed]
-        return taken
-
-    def compact(self) -> None:
-        if len(self.entries) > 2 * self.count + 64:
-            self.entries = [entry for entry in self.entries if entry[2].state is State.WAITING]
-
-    def rows_until(self, deadline_us: int) -> int:
-        last = deadline_us >> STEP
-        return sum(rows for step, rows in self.due.items() if step <= last)
-
-
-@dataclass(slots=True, eq=False)
 class Queue:
-    """Tickets of one model, by priority; each line has at least one."""
+    """Lines by priority; each has at least one ticket. `tenants` counts what waits here too."""
 
-    lines: dict[int, Line] = field(default_factory=dict)
-    rows: int = 0
-    bytes: int = 0
-    count: int = 0
-    since_us: int = 0
-    """Not later than the arrival of any ticket in it."""
+    __slots__ = ("bytes", "count", "lines", "rows", "since_us", "tenants")
+
+    def __init__(self, tenants: Tenants | None = None) -> None:
+        self.tenants = tenants or Tenants({})
+        self.lines: dict[int, Line] = {}
+        self.rows = 0
+        self.bytes = 0
+        self.count = 0
+        self.since_us = 0
+        """Not later than the arrival of any ticket in it."""
 
     def push(self, ticket: Ticket) -> None:
         line = self.lines.get(ticket.priority)
@@ -117,25 +29,33 @@ class Queue:
             line = self.lines[ticket.priority] = Line()
         if not self.count:
             self.since_us = ticket.arrived_us
-        line.add(ticket)
+        line.add(ticket, self.tenants.weight(ticket.tenant))
         self.rows += ticket.rows
         self.bytes += ticket.bytes
         self.count += 1
+        self.tenants.add(ticket.tenant, ticket.rows, ticket.bytes)
 
     def cancel(self, ticket: Ticket) -> None:
         """The caller of a waiting ticket has left."""
         ticket.state = State.DONE
-        line = self.lines[ticket.priority]
-        line.discount(ticket)
-        line.compact()
-        self._discount(ticket.priority, ticket.rows, ticket.bytes, 1)
+        self.lines[ticket.priority].cancel(ticket)
+        self._discount(ticket.priority, [ticket])
 
     def head(self) -> Ticket | None:
-        """The most urgent waiting ticket."""
+        """Whose turn it is."""
         return self.lines[min(self.lines)].first() if self.lines else None
 
-    def cut(self, max_rows: int, max_bytes: int, coalesce: bool = True) -> list[Ticket]:
-        """Takes out the next batch: the most urgent ticket, and those behind it until the first that does not fit."""
+    def aged(self, than: int, now_us: int) -> Ticket | None:
+        """Of those less urgent than this class whose turn it is in theirs: the one with the earliest deadline, if half
+        of its budget has run out."""
+        heads = [head for of, line in self.lines.items() if of > than and (head := line.first()).aged(now_us)]
+        return min(heads, key=_deadline, default=None)
+
+    def cut(self, max_rows: int, max_bytes: int, coalesce: bool = True, aged: Iterable[Ticket] = ()) -> list[Ticket]:
+        """Takes out the next batch: the most urgent ticket, and those behind it until the first that does not fit.
+
+        `aged`: what goes before them, each as `aged` gives it at that time.
+        """
         rows = size = 0
         full = False
 
@@ -149,12 +69,21 @@ class Queue:
             return True
 
         tickets: list[Ticket] = []
+        for ticket in aged:
+            if not fits(ticket):
+                break
+            tickets.append(self.lines[ticket.priority].take_first())
+            self._discount(ticket.priority, tickets[-1:])
+        full = full and not coalesce
         for priority in sorted(self.lines):
-            tickets += self._take(priority, fits)
+            taken = self.lines[priority].take_while(fits)
+            self._discount(priority, taken)
+            tickets += taken
             if full:
                 break
         for ticket in tickets:
             ticket.state = State.IN_FLIGHT
+        self._learn_parts(tickets)
         return tickets
 
     def expired(self, now_us: int) -> list[Ticket]:
@@ -162,34 +91,81 @@ class Queue:
         return self._take_all(lambda ticket: ticket.deadline_us <= now_us)
 
     def drain(self) -> list[Ticket]:
-        """Takes out every waiting ticket, the most urgent first."""
+        """Takes out every waiting ticket, the most urgent classes first."""
         return self._take_all(lambda _: True)
 
     def earliest_deadline(self) -> int | None:
         """Over all lines."""
-        return min((line.first().deadline_us for line in self.lines.values()), default=None)
+        lines = self.lines
+        if len(lines) == 1:
+            for line in lines.values():
+                return line.earliest_deadline()
+        return min((line.earliest_deadline() for line in lines.values()), default=None)
 
-    def rows_ahead(self, priority: int, deadline_us: int) -> int:
-        """Rows that would be served before a ticket of this priority and deadline, to the step."""
-        return sum(
-            line.rows if of < priority else line.rows_until(deadline_us)
-            for of, line in self.lines.items()
-            if of <= priority
-        )
+    def shared(self) -> bool:
+        """Whether several tenants or classes come: who waits last may then be overtaken by who has not come yet."""
+        if len(self.tenants.waiting) > 1 or len(self.lines) > 1:
+            return True
+        return any(line.part < ALONE for line in self.lines.values())
 
-    def _take_all(self, fits: Callable[[Ticket], bool]) -> list[Ticket]:
-        return [ticket for priority in sorted(self.lines) for ticket in self._take(priority, fits)]
+    def rows_ahead(self, ticket: Ticket) -> int:
+        """Rows that would be served before a new ticket, by class and turn; deadlines count to the step.
 
-    def _take(self, priority: int, fits: Callable[[Ticket], bool]) -> list[Ticket]:
-        line = self.lines[priority]
-        tickets = line.take_while(fits)
-        if tickets:
-            self._discount(priority, sum(t.rows for t in tickets), sum(t.bytes for t in tickets), len(tickets))
+        Of more urgent classes those that wait, or as many as they have been taking lately, as more of theirs will come.
+        """
+        ahead = 0
+        awaited = 0.0
+        for of, line in self.lines.items():
+            if of < ticket.priority:
+                ahead += line.rows
+            elif of == ticket.priority:
+                own = line.rows_ahead(ticket, self.tenants.weight(ticket.tenant))
+                ahead += own
+                awaited = own / line.part
+        return max(ahead, int(awaited))
+
+    def rows_aged_ahead(self, ticket: Ticket) -> int:
+        """Rows that would be served before a new ticket out of what is kept for aged work: by turn in its own class,
+        and by deadline in the other ones."""
+        ahead = 0
+        for of, line in self.lines.items():
+            if of == ticket.priority:
+                ahead += line.rows_ahead(ticket, self.tenants.weight(ticket.tenant))
+            elif of > min(self.lines):
+                ahead += sum(lane.rows_until(ticket.deadline_us) for lane in line.lanes.values())
+        return ahead
+
+    def _learn_parts(self, tickets: list[Ticket]) -> None:
+        """What part of the batch each class had that still waits."""
+        lines = self.lines
+        if not tickets or not lines:
+            return
+        if len(lines) == 1 and len({tickets[0].priority, tickets[-1].priority, *lines}) == 1:
+            for line in lines.values():
+                line.part = learnt(line.part, 1.0)
+            return
+        total = sum(ticket.rows for ticket in tickets)
+        for of, line in lines.items():
+            own = sum(ticket.rows for ticket in tickets if ticket.priority == of)
+            line.part = learnt(line.part, own / total)
+
+    def _take_all(self, out: Callable[[Ticket], bool]) -> list[Ticket]:
+        tickets: list[Ticket] = []
+        for priority in sorted(self.lines):
+            taken = self.lines[priority].take_all(out)
+            self._discount(priority, taken)
+            tickets += taken
         return tickets
 
-    def _discount(self, priority: int, rows: int, size: int, count: int) -> None:
+    def _discount(self, priority: int, tickets: list[Ticket]) -> None:
         if not self.lines[priority].count:
             del self.lines[priority]
-        self.rows -= rows
-        self.bytes -= size
-        self.count -= count
+        self.count -= len(tickets)
+        for ticket in tickets:
+            self.rows -= ticket.rows
+            self.bytes -= ticket.bytes
+            self.tenants.remove(ticket.tenant, ticket.rows, ticket.bytes)
+
+
+def _deadline(ticket: Ticket) -> tuple[int, int]:
+    return ticket.deadline_us, ticket.id

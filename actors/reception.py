@@ -5,7 +5,7 @@ from msgspec import Struct
 from narsil_stream.actors.answering import Caller
 from narsil_stream.actors.batcher_metrics import BatcherMetrics
 from narsil_stream.actors.catalogue import Catalogue
-from narsil_stream.actors.queue import Ticket
+from narsil_stream.actors.queue import ModelKey, Ticket
 from narsil_stream.actors.scheduling import Scheduler
 from narsil_stream.core.actor import now_us, unix_us
 from narsil_stream.core.admission import Rows
@@ -66,6 +66,8 @@ class Reception:
         budget_us = min(request.budget_us or limits.default_budget_us, limits.max_budget_us)
         self._refuse_stale(request, budget_us)
         key, admission = self._catalogue.find(model, version, self._policy.executors.values())
+        if self._policy.overloaded(now):
+            self._refuse_early(key, request, now, budget_us)
         rows = admission.rows(request)
         if rows.count > limits.max_rows:
             raise Refused(Fault.TOO_LARGE, f"input 'dense' has {rows.count} rows; expected at most {limits.max_rows}")
@@ -74,8 +76,20 @@ class Reception:
         self._tickets += 1
         return Ticket(
             self._tickets, key, rows.count, rows.nbytes, request.priority or DEFAULT_PRIORITY, now, now + budget_us,
-            Work(rows, caller),
+            Work(rows, caller), tenant=request.tenant,
         )  # fmt: skip
+
+    def _refuse_early(self, model: ModelKey, request: InferRequest, now: int, budget_us: int) -> None:
+        """Raises OVERLOADED by what the request says of itself: under overload most need not be looked at closer."""
+        said = next((tensor.shape[0] for tensor in request.inputs if tensor.name == "dense" and tensor.shape), 1)
+        size = sum(tensor.data.nbytes for tensor in request.inputs)
+        priority = request.priority or DEFAULT_PRIORITY
+        ticket = Ticket(0, model, said, size, priority, now, now + budget_us, tenant=request.tenant)
+        try:
+            self._policy.check(ticket, now)
+        except Refused as refused:
+            if refused.fault is Fault.OVERLOADED:
+                raise
 
     def _refuse_stale(self, request: InferRequest, budget_us: int) -> None:
         if not request.sent_us:

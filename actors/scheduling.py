@@ -2,28 +2,31 @@
 
 Times are µs of one monotonic clock. The rules (docs: "how a request flows"):
 work-conserving: a free slot takes what waits, at once; batches grow while all slots are busy.
-Earliest deadline first inside a priority. What cannot be answered inside its budget is refused on arrival.
+More urgent classes first, but for a share that goes to work that has aged; inside a class tenants take turns, and
+inside a tenant the earliest deadline goes first. What cannot be answered inside its budget is refused on arrival.
 A batch whose executor is lost or silent is sent once more, to another one. A batch that fails is halved to find the
 culprit.
 """
 
-from collections.abc import Iterator
-from itertools import chain
+from collections.abc import Iterator, Sequence
 
-from narsil_stream.actors.decisions import Decision, Dispatch, Drop, Plead, Rules
+from narsil_stream.actors.ageing import Ageing
+from narsil_stream.actors.cutting import Cutting
+from narsil_stream.actors.decisions import Decision, Dispatch, Drop, Rules, dropped
 from narsil_stream.actors.flights import DEMAND_EVERY_US, Executor, Fleet, Flight, Group
+from narsil_stream.actors.forecast import Forecast
+from narsil_stream.actors.pleading import Pleading
 from narsil_stream.actors.queue import ModelKey, Queue, State, Ticket
-from narsil_stream.actors.service_time import Pace, ServiceTimes
+from narsil_stream.actors.retrying import Retries
+from narsil_stream.actors.tenants import Tenants
 from narsil_stream.schemas.errors import Fault, Refused, named
-from narsil_stream.schemas.internal import Demand, ExecutorBeat, Result, Slot
+from narsil_stream.schemas.internal import ExecutorBeat, Result, Slot
 
-MAX_SENDS = 2
-"""A batch goes to one executor and, if that one is lost or silent, to one other."""
-MAX_BOUNCES = 8
-"""So often a batch may meet a void slot: more means that executors take back what they lease."""
 FLOAT_BYTES = 4
-MARGIN = 1.25
-"""Of the predicted wait at admission: a queue that is filled up to the deadlines misses half of them."""
+NEVER = 1 << 62
+OVERLOAD_US = 100_000
+"""So long after a refusal more of them are expected."""
+LATE = Fault.DEADLINE_EXCEEDED
 
 
 class Scheduler:
@@ -34,28 +37,50 @@ class Scheduler:
         self.rules = rules
         self.executors = Fleet()
         self.queues: dict[ModelKey, Queue] = {}
-        self.retries: list[Group] = []
-        self.times = ServiceTimes()
-        self.paces: dict[ModelKey, Pace] = {}
+        self.tenants = Tenants(rules.weights)
+        self.ageing = Ageing(rules.ageing)
+        self.retries = Retries(self.executors)
+        self.forecast = Forecast(self.executors, self.queues, self.ageing)
+        self.cutting = Cutting(self.queues, self.forecast, self.ageing)
+        self.pleading = Pleading(name, self.executors, self.queues, self.retries)
         self._batches = 0
         self._decided_us = 0
+        self._overloaded_us = -OVERLOAD_US
         self._told_rows = 0
         """What the last heartbeat said, also to executors that were not known here yet."""
 
     @property
     def rows(self) -> int:
         """Rows waiting."""
-        return sum(queue.rows for queue in self.queues.values())
+        rows = 0
+        for queue in self.queues.values():
+            rows += queue.rows
+        return rows
 
     @property
     def bytes(self) -> int:
         """Bytes waiting."""
-        return sum(queue.bytes for queue in self.queues.values())
+        size = 0
+        for queue in self.queues.values():
+            size += queue.bytes
+        return size
 
     # What happens
 
     def offer(self, ticket: Ticket, now_us: int) -> None:
         """Admit a ticket, or raise `Refused` with OVERLOADED, UNAVAILABLE or TOO_LARGE."""
+        self.check(ticket, now_us)
+        queue = self.queues.get(ticket.model)
+        if queue is None:
+            queue = self.queues[ticket.model] = Queue(self.tenants)
+        queue.push(ticket)
+
+    def overloaded(self, now_us: int) -> bool:
+        """Whether a ticket was refused for that a moment ago: then it pays to ask `check` before anything else."""
+        return now_us - self._overloaded_us < OVERLOAD_US
+
+    def check(self, ticket: Ticket, now_us: int) -> None:
+        """Raises what `offer` would raise."""
         rules = self.rules
         if ticket.rows > rules.max_rows or ticket.bytes > rules.max_bytes:
             raise Refused(
@@ -63,22 +88,39 @@ class Scheduler:
                 f"{ticket.rows} rows of {ticket.bytes} bytes; a request holds at most {rules.max_rows} rows"
                 f" and {rules.max_bytes} bytes",
             )
-        serving = self.executors.serving(ticket.model)
         if not self.executors.offered(ticket.model):
             raise Refused(Fault.UNAVAILABLE, "no executor is alive for this model", rules.lease_us)
-        rows = self.rows
-        if rows + ticket.rows > rules.queue_rows or self.bytes + ticket.bytes > rules.queue_bytes:
-            wait_us = self._wait_us(serving, now_us)
-            raise Refused(Fault.OVERLOADED, f"the queue is full: {rows} rows wait", max(wait_us, 1_000))
-        late_us = self._late_by(ticket, serving, now_us)
+        self._find_room(ticket, now_us)
+        late_us = self.forecast.late_by(ticket, now_us)
         if late_us > 0:
+            self._overloaded_us = now_us
             budget_us = ticket.deadline_us - ticket.arrived_us
             raise Refused(
                 Fault.OVERLOADED,
                 f"the wait would be {budget_us + late_us} us; the budget is {budget_us} us",
                 late_us,
             )
-        self.queues.setdefault(ticket.model, Queue()).push(ticket)
+
+    def _find_room(self, ticket: Ticket, now_us: int) -> None:
+        """Raises OVERLOADED if the queue is full, or if its tenant has more than its share and little room is left."""
+        rules, tenants = self.rules, self.tenants
+        name = ticket.tenant = tenants.known_as(ticket.tenant)
+        rows, size = self.rows + ticket.rows, self.bytes + ticket.bytes
+        if rows > rules.queue_rows or size > rules.queue_bytes:
+            why = f"the queue is full: {rows - ticket.rows} rows wait"
+        elif len(tenants.waiting) > 1 and tenants.crowds(
+            name, max(rows / rules.queue_rows, size / rules.queue_bytes), self._held(ticket)
+        ):
+            why = f"the queue is nearly full, and tenant '{name}' has more than its share of it"
+        else:
+            return
+        self._overloaded_us = now_us
+        raise Refused(Fault.OVERLOADED, why, max(self.forecast.wait_us(ticket.model, now_us), 1_000))
+
+    def _held(self, ticket: Ticket) -> float:
+        """The part of the queue that its tenant would hold with it."""
+        rows, size = self.tenants.waiting[ticket.tenant]
+        return max((rows + ticket.rows) / self.rules.queue_rows, (size + ticket.bytes) / self.rules.queue_bytes)
 
     def cancel(self, ticket: Ticket) -> None:
         """The caller has left. In flight it is computed, but nobody is answered."""
@@ -90,21 +132,25 @@ class Scheduler:
         """An executor is alive, and says who holds its slots. Returns what its departure, if it is one, leads to."""
         executor = self.executors.get(beat.executor)
         if beat.state == "gone":
+            self.executors.expected.pop(beat.executor, None)
             return [] if executor is None else self._lose(executor)
         if executor is None:
             executor = Executor(beat.executor, now_us, told_rows=self._told_rows)
-            self.executors[beat.executor] = executor
+            self.executors.add(executor)
         decisions: list[Decision] = []
         for flight in executor.hear(beat, self.name, now_us):
             flight.group.avoid.discard(executor.id)
-            decisions += self._again(flight.group)
+            decisions += self.retries.again(flight.group)
         return decisions
 
-    def grant(self, executor: str, slot: Slot) -> None:
+    def grant(self, executor: str, slot: Slot, now_us: int) -> None:
+        """Of an executor that is new here, or was lost: its heartbeat will say what it serves, and name the slot."""
         if executor in self.executors:
             self.executors[executor].offer_slot(slot)
+        else:
+            self.executors.expected[executor] = now_us + self.rules.lease_us
 
-    def result(self, result: Result, now_us: int) -> tuple[list[Ticket], list[Decision]]:
+    def result(self, result: Result, now_us: int) -> tuple[list[Ticket], Sequence[Decision]]:
         """A batch came back. Returns its tickets in row order if they are scored now, and drops."""
         executor = self.executors.get(result.executor)
         if executor is None:
@@ -118,23 +164,23 @@ class Scheduler:
         group = flight.group
         size = result.scores.nbytes
         if size == flight.rows * FLOAT_BYTES:
-            self.times.observe(group.model, flight.rows, result.service_us)
+            self.forecast.times.observe(group.model, flight.rows, result.service_us)
             tickets = [] if group.done else flight.tickets
             group.done = True
             return tickets, []
         if group.done:
             return [], []
         if not size and not result.fault:
-            return [], self._bounced(group)
+            return [], self.retries.bounced(group)
         fault = named(result.fault)
-        return [], self._failed(group, fault, result.detail or "the scores do not fit the batch")
+        return [], self.retries.failed(group, fault, result.detail or "the scores do not fit the batch")
 
-    def too_large(self, dispatch: Dispatch, detail: str) -> list[Decision]:
+    def too_large(self, dispatch: Dispatch, detail: str) -> Sequence[Decision]:
         """The joined message is larger than what may be sent: the batch goes in halves."""
         executor = self.executors[dispatch.executor]
         flight = executor.flights[dispatch.batch]
         executor.take_back(flight)
-        return self._failed(flight.group, Fault.TOO_LARGE, detail)
+        return self.retries.failed(flight.group, Fault.TOO_LARGE, detail)
 
     # What to do
 
@@ -142,21 +188,36 @@ class Scheduler:
         """All that is due now. Call after events, at the time that `wake_us` names, and several times in a lease."""
         self._excuse_own_pause(now_us)
         decisions: list[Decision] = []
+        self.executors.give_up_expected(now_us)
         decisions += self._lost_executors(now_us)
-        decisions += self._expired(now_us)
-        decisions += self._unserved()
-        self._overdue(now_us)
-        decisions += self._dispatches(now_us)
-        decisions += self._pleas(now_us)
+        if self._waits() or self.executors.busy():
+            decisions += self._expired(now_us)
+            decisions += self._unserved()
+            self.retries.add_overdue(now_us)
+            decisions += self._dispatches(now_us)
+        decisions += self.pleading.due(now_us)
         return decisions
 
     def wake_us(self, now_us: int) -> int | None:
         """When `decide` has to be called next, if no event comes before."""
-        return min(self._alarms(now_us), default=None)
+        wake_us = min(self.executors.expected.values(), default=NEVER)
+        wake_us = min(wake_us, self._next_ending_us(now_us))
+        lease_us, pleads = self.rules.lease_us, self.pleading.pleads
+        for executor in self.executors.values():
+            if executor.seen_us + lease_us < wake_us:
+                wake_us = executor.seen_us + lease_us
+            for flight in executor.flights.values():
+                if not flight.late and flight.overdue_us < wake_us:
+                    wake_us = flight.overdue_us
+            if pleads(executor) and executor.demanded_us + DEMAND_EVERY_US < wake_us:
+                wake_us = executor.demanded_us + DEMAND_EVERY_US
+            if self.retries and executor.free and self.retries.wait_for(executor):
+                return now_us
+        return None if wake_us == NEVER else wake_us
 
     def backlog_us(self, model: ModelKey, now_us: int) -> int:
         """Predicted wait of a ticket that would come last."""
-        return self._wait_us(self.executors.serving(model), now_us)
+        return self.forecast.wait_us(model, now_us)
 
     def advertised(self, now_us: int) -> tuple[int, int]:
         """For the heartbeat, which goes to every executor: rows that wait, and µs until their earliest deadline."""
@@ -179,8 +240,7 @@ class Scheduler:
     def forget(self, model: ModelKey) -> None:
         """What was learnt of a model that will not come back; nothing waits for it."""
         self.queues.pop(model, None)
-        self.paces.pop(model, None)
-        self.times.forget(model)
+        self.forecast.forget(model)
 
     def abandon_all(self) -> list[Drop]:
         """The end: every open ticket gets UNAVAILABLE."""
@@ -189,53 +249,21 @@ class Scheduler:
             tickets += group.open_tickets()
             group.done = True
         self.retries.clear()
-        return [self._drop(ticket, Fault.UNAVAILABLE, "the batcher is stopping", 1_000) for ticket in tickets]
-
-    # Admission
-
-    def _late_by(self, ticket: Ticket, serving: list[Executor], now_us: int) -> int:
-        """By how much the predicted answer misses the ticket's deadline; counts only what would be served before it.
-
-        Never late is who finds an executor with nothing to do: or one slow pass, once measured, would have every
-        request refused for good.
-        """
-        room_us = ticket.deadline_us - now_us - self.times.predict(ticket.model, ticket.rows)
-        late_us = int(MARGIN * self._wait_us(serving, now_us)) - room_us
-        if late_us <= 0:
-            return late_us
-        if not self.rows and any(executor.free and not executor.flights for executor in serving):
-            return 0
-        return int(MARGIN * self._wait_us(serving, now_us, ticket)) - room_us
-
-    def _wait_us(self, serving: list[Executor], now_us: int, ticket: Ticket | None = None) -> int:
-        """Predicted time until `ticket`, or one behind all others, starts: what is before it, shared out."""
-        ahead_us = float(sum(executor.remaining_us(now_us) for executor in serving))
-        paced_us = 0.0
-        for model, queue in self.queues.items():
-            if queue.count and any(model in executor.models for executor in serving):
-                rows = queue.rows if ticket is None else queue.rows_ahead(ticket.priority, ticket.deadline_us)
-                ahead_us += rows * self.times.us_per_row(model)
-                pace = self.paces.get(model)
-                if pace is not None and queue.since_us <= pace.cut_us:
-                    paced_us = max(paced_us, rows * pace.us_per_row)
-        return int(max(paced_us, ahead_us / max(1, len(serving))))
+        return [dropped(ticket, Fault.UNAVAILABLE, "the batcher is stopping", 1_000) for ticket in tickets]
 
     # Endings
 
-    def _drop(self, ticket: Ticket, fault: Fault, detail: str, retry_after_us: int = 0) -> Drop:
-        ticket.state = State.DONE
-        return Drop(ticket, fault, detail, retry_after_us)
-
-    def _expired(self, now_us: int) -> Iterator[Drop]:
+    def _expired(self, now_us: int) -> list[Drop]:
+        drops: list[Drop] = []
         for queue in self.queues.values():
             due_us = queue.earliest_deadline()
-            for ticket in queue.expired(now_us) if due_us is not None and due_us <= now_us else ():
-                yield self._drop(ticket, Fault.DEADLINE_EXCEEDED, "the budget ran out in the queue")
+            if due_us is not None and due_us <= now_us:
+                drops += [dropped(ticket, LATE, "the budget ran out in the queue") for ticket in queue.expired(now_us)]
         for group in self._groups():
-            for ticket in group.expired(now_us):
-                yield self._drop(ticket, Fault.DEADLINE_EXCEEDED, "the budget ran out while scoring")
+            drops += [dropped(ticket, LATE, "the budget ran out while scoring") for ticket in group.expired(now_us)]
         if self.retries:
-            self.retries = [group for group in self.retries if not group.done]
+            self.retries.forget_done()
+        return drops
 
     def _excuse_own_pause(self, now_us: int) -> None:
         """Heartbeats that came while this process itself stood still are not read yet: nobody is dead for that."""
@@ -245,136 +273,38 @@ class Scheduler:
                 executor.seen_us = max(executor.seen_us, now_us - self.rules.lease_us // 2)
 
     def _lost_executors(self, now_us: int) -> Iterator[Decision]:
-        for executor in list(self.executors.values()):
-            if executor.seen_us + self.rules.lease_us <= now_us:
-                yield from self._lose(executor)
+        alive_us = now_us - self.rules.lease_us
+        for executor in [executor for executor in self.executors.values() if executor.seen_us <= alive_us]:
+            yield from self._lose(executor)
 
     def _lose(self, executor: Executor) -> list[Decision]:
         del self.executors[executor.id]
         decisions: list[Decision] = []
         for flight in executor.flights.values():
             flight.group.avoid.add(executor.id)
-            decisions += self._again(flight.group)
+            decisions += self.retries.again(flight.group)
         return decisions
 
     def _unserved(self) -> Iterator[Decision]:
         """What waits for a model that no executor is left for."""
-        for model, queue in list(self.queues.items()):
-            if not self.executors.served(model):
-                del self.queues[model]
-                for ticket in queue.drain():
-                    yield self._drop(ticket, Fault.UNAVAILABLE, "no executor is alive for this model", 1_000)
-        for group in [group for group in self.retries if not self.executors.served(group.model)]:
-            self.retries.remove(group)
-            if not self.executors.flying(group):
-                yield from self._give_up(group)
-
-    def _give_up(self, group: Group) -> list[Decision]:
-        group.done = True
-        return [self._drop(t, Fault.UNAVAILABLE, "the executor was lost", 1_000) for t in group.open_tickets()]
-
-    # Second tries
-
-    def _again(self, group: Group) -> list[Decision]:
-        """Send a group once more, unless that is under way already or its tries are used up."""
-        if group.done or group in self.retries or self.executors.flying(group):
-            return []
-        if group.sends >= MAX_SENDS or not self.executors.served(group.model):
-            return self._give_up(group)
-        self.retries.append(group)
-        return []
-
-    def _bounced(self, group: Group) -> list[Decision]:
-        """The slot was void: the batch did not run, so this was no try."""
-        group.sends -= 1
-        group.bounces += 1
-        return self._give_up(group) if group.bounces > MAX_BOUNCES else self._again(group)
-
-    def _failed(self, group: Group, fault: Fault, detail: str) -> list[Decision]:
-        """Halve the batch, so that one poisonous request fails alone."""
-        if self.executors.flying(group):
-            return []
-        if group in self.retries:
-            self.retries.remove(group)
-        group.done = True
-        tickets = group.open_tickets()
-        if len(tickets) == 1 or fault not in (Fault.INTERNAL, Fault.TOO_LARGE):
-            return [self._drop(ticket, fault, detail) for ticket in tickets]
-        middle = len(tickets) // 2
-        self.retries[:0] = [Group(group.model, half) for half in (tickets[:middle], tickets[middle:]) if half]
-        return []
-
-    def _overdue(self, now_us: int) -> None:
-        """Batches whose executor is alive but silent: once more, to another one, if there is one."""
-        for executor in self.executors.values():
-            for flight in executor.flights.values():
-                if flight.overdue_us > now_us:
-                    continue
-                group = flight.group
-                if not flight.late:
-                    flight.late = True
-                    group.avoid.add(executor.id)
-                if group.done or group.sends >= MAX_SENDS or group in self.retries:
-                    continue
-                if any(other.id not in group.avoid for other in self.executors.serving(group.model)):
-                    self.retries.append(group)
+        for model in [model for model in self.queues if self.executors.hopeless(model)]:
+            for ticket in self.queues.pop(model).drain():
+                yield dropped(ticket, Fault.UNAVAILABLE, "no executor is alive for this model", 1_000)
+        if self.retries:
+            yield from self.retries.drop_unserved()
 
     # Sending
 
     def _dispatches(self, now_us: int) -> Iterator[Dispatch]:
-        while self.retries or any(queue.count for queue in self.queues.values()):
+        while self._waits():
             ready = [executor for executor in self.executors.values() if executor.up and executor.free]
             for executor in sorted(ready, key=lambda executor: len(executor.flights)):
-                group = self._retry_for(executor) or self._cut(executor, now_us)
+                group = self.retries.take_for(executor) or self.cutting.next(executor, self.rules, now_us)
                 if group is not None:
                     yield self._dispatch(executor, group, now_us)
                     break
             else:
                 return
-
-    def _retry_for(self, executor: Executor) -> Group | None:
-        for group in self.retries:
-            if self._may_take(executor, group):
-                self.retries.remove(group)
-                return group if group.is_open() else self._retry_for(executor)
-        return None
-
-    def _may_take(self, executor: Executor, group: Group) -> bool:
-        """Not to an executor that failed it, unless no other is left that could have it."""
-        if not executor.up or group.model not in executor.models:
-            return False
-        if executor.id not in group.avoid:
-            return True
-        return not self.executors.flying(group) and all(
-            other.id in group.avoid for other in self.executors.serving(group.model)
-        )
-
-    def _cut(self, executor: Executor, now_us: int) -> Group | None:
-        """The next batch for this executor: the most urgent model's tickets, up to the limits."""
-        rules = self.rules
-        ready = [
-            (head.priority, head.deadline_us, head.id, model)
-            for model, queue in self.queues.items()
-            if model in executor.models and (head := queue.head()) is not None and self._ripe_us(model, queue) <= now_us
-        ]
-        if not ready:
-            return None
-        model = min(ready)[3]
-        queue = self.queues[model]
-        before, since_us = queue.rows, queue.since_us
-        tickets = queue.cut(rules.max_rows, rules.max_bytes, rules.coalesce)
-        self.paces.setdefault(model, Pace()).cut(before - queue.rows, since_us, now_us)
-        return Group(model, tickets)
-
-    def _ripe_us(self, model: ModelKey, queue: Queue) -> int:
-        """Until when a batch may wait for company: not at all unless there is a linger."""
-        rules = self.rules
-        due_us = queue.earliest_deadline()
-        if not rules.linger_us or not rules.coalesce or due_us is None:
-            return 0
-        if queue.rows >= rules.max_rows or queue.bytes >= rules.max_bytes:
-            return 0
-        return min(queue.since_us + rules.linger_us, due_us - self.times.predict(model, queue.rows))
 
     def _dispatch(self, executor: Executor, group: Group, now_us: int) -> Dispatch:
         rules = self.rules
@@ -382,7 +312,7 @@ class Scheduler:
         rows = sum(ticket.rows for ticket in tickets)
         self._batches += 1
         group.sends += 1
-        predicted_us = self.times.predict(group.model, rows)
+        predicted_us = self.forecast.times.predict(group.model, rows)
         patience_us = int(rules.failover_factor * (executor.remaining_us(now_us) + predicted_us))
         patience_us = max(patience_us, rules.failover_floor_us, 0 if predicted_us else rules.lease_us)
         slot = executor.spend()
@@ -397,73 +327,41 @@ class Scheduler:
             tickets=tickets,
             rows=rows,
             budget_us=max(0, max(ticket.deadline_us for ticket in tickets) - now_us),
-            demand=self._demand(executor, now_us),
+            demand=self.pleading.demand(executor, now_us),
             again=group.sends > 1,
         )
 
-    # Asking for slots
-
-    def _pleas(self, now_us: int) -> Iterator[Plead]:
-        for executor in self.executors.values():
-            if self._pleads(executor):
-                unheard = not executor.told_rows and self._wants(executor)
-                if unheard or now_us - executor.demanded_us >= DEMAND_EVERY_US:
-                    executor.demanded_us = now_us
-                    yield Plead(executor.id, self._demand(executor, now_us))
-            elif self._lets_go(executor):
-                yield Plead(executor.id, self._demand(executor, now_us))
-
-    def _pleads(self, executor: Executor) -> bool:
-        """Whether asking could help: it has work that waits here, and others hold slots of it."""
-        if executor.abandoned:
-            return True
-        return executor.up and not executor.free and not executor.full() and self._wants(executor)
-
-    def _lets_go(self, executor: Executor) -> bool:
-        """Whether it keeps a slot for work that has gone elsewhere: another batcher may be waiting for that one."""
-        return bool(executor.told_rows and executor.free) and not self._wants(executor)
-
-    def _wants(self, executor: Executor) -> bool:
-        for model, queue in self.queues.items():
-            if queue.count and model in executor.models:
-                return True
-        return any(self._may_take(executor, group) for group in self.retries)
-
-    def _demand(self, executor: Executor, now_us: int) -> Demand:
-        queues = [queue for model, queue in self.queues.items() if queue.count and model in executor.models]
-        groups = [group for group in self.retries if self._may_take(executor, group)]
-        waiting: list[Queue | Group] = [*queues, *groups]
-        rows = executor.told_rows = sum(one.rows for one in waiting)
-        deadlines = [due for one in waiting if (due := one.earliest_deadline()) is not None]
-        slack_us = max(0, min(deadlines) - now_us) if deadlines else 0
-        returned = tuple(Slot(index, generation) for index, generation in executor.abandoned.items())
-        return Demand(self.name, rows, slack_us, returned)
-
     # Looking around
 
-    def _alarms(self, now_us: int) -> Iterator[int]:
+    def _next_ending_us(self, now_us: int) -> int:
+        """When the next budget runs out or a linger ends."""
+        next_us = NEVER
         for model, queue in self.queues.items():
             due_us = queue.earliest_deadline()
             if due_us is not None:
-                yield due_us
-                if self.rules.linger_us and (ripe_us := self._ripe_us(model, queue)) > now_us:
-                    yield ripe_us
-        for group in self.retries:
-            if not group.done and (due_us := group.earliest_deadline()) is not None:
-                yield due_us
-        for executor in self.executors.values():
-            yield executor.seen_us + self.rules.lease_us
-            for flight in executor.flights.values():
-                if not flight.late:
-                    yield flight.overdue_us
-                if not flight.group.done and (due_us := flight.group.earliest_deadline()) is not None:
-                    yield due_us
-            if self._pleads(executor):
-                yield executor.demanded_us + DEMAND_EVERY_US
-            if executor.free and any(self._may_take(executor, group) for group in self.retries):
-                yield now_us
+                next_us = min(next_us, due_us)
+                if self.rules.linger_us and (ripe_us := self.cutting.ripe_us(model, queue, self.rules)) > now_us:
+                    next_us = min(next_us, ripe_us)
+        if self.retries or self.executors.busy():
+            for group in self._groups():
+                due_us = group.earliest_deadline()
+                if due_us is not None and due_us < next_us:
+                    next_us = due_us
+        return next_us
 
-    def _groups(self) -> Iterator[Group]:
+    def _groups(self) -> list[Group]:
         """What was cut and may still be answered; one that flies twice comes twice."""
-        groups = chain(self.executors.groups(), self.retries)
-        return (group for group in groups if not group.done)
+        groups = [group for group in self.retries if not group.done]
+        for executor in self.executors.values():
+            if executor.flights:
+                groups += [flight.group for flight in executor.flights.values() if not flight.group.done]
+        return groups
+
+    def _waits(self) -> bool:
+        """Whether anything waits to be sent."""
+        if self.retries:
+            return True
+        for queue in self.queues.values():  # noqa: SIM110 - `any` takes twice as long, and this is asked all the time
+            if queue.count:
+                return True
+        return False

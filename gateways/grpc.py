@@ -21,7 +21,7 @@ from narsil_stream.gateways.grpc_codec import parsed, serialized, to_response, t
 from narsil_stream.gateways.grpc_health import Health
 from narsil_stream.gateways.grpc_stream import Context, InferStream
 from narsil_stream.gateways.grpc_verbs import VERBS, Run, Verbs, abort
-from narsil_stream.gateways.inference import Inference
+from narsil_stream.gateways.inference import TENANT, Inference
 from narsil_stream.gateways.tls import grpc_credentials
 from narsil_stream.schemas import codec
 from narsil_stream.schemas.errors import Fault, Refused
@@ -135,20 +135,18 @@ class GrpcGateway(Actor[None]):
                 )
         return grpc.method_handlers_generic_handler(SERVICE.full_name, handlers)
 
-    def _check(self, verb: str, context: Context) -> None:
-        """Raises `Refused`."""
-        authorization = None
+    def _check(self, verb: str, context: Context) -> str:
+        """The tenant: whose token it is or, where none is needed, whom the metadata names. Raises `Refused`."""
         if self._access.reads_tokens:
-            given = (value for name, value in context.invocation_metadata() or () if name == "authorization")
-            authorization = next(given, None)
-        self._access.check(authorization, verb)
+            return self._access.check(_said(context, "authorization"), verb)
+        return self._access.check(None, verb) or _said(context, TENANT) or ""
 
     async def _infer(self, data: bytes, context: Context) -> bytes:
         try:
-            self._check("ModelInfer", context)
+            tenant = self._check("ModelInfer", context)
         except Refused as refused:
             await abort(context, refused)
-        answer = await self._answer(data, context)
+        answer = await self._answer(data, context, tenant)
         if answer.fault:
             await abort(context, codec.refusal(answer))
         return serialized(to_response(answer))
@@ -156,11 +154,11 @@ class GrpcGateway(Actor[None]):
     async def _stream_infer(self, _: object, context: Context) -> None:
         async def answered(data: bytes) -> bytes:
             try:
-                self._check("ModelStreamInfer", context)  # a token may be taken back while its stream is open
+                tenant = self._check("ModelStreamInfer", context)  # a token may be taken back while its stream is open
             except Refused as refused:
                 answer = InferAnswer("", fault=refused.fault.name, detail=refused.detail)
             else:
-                answer = await self._answer(data, context)
+                answer = await self._answer(data, context, tenant)
             return serialized(to_stream_response(answer))
 
         try:
@@ -176,9 +174,9 @@ class GrpcGateway(Actor[None]):
         if stream.cut:
             await abort(context, Refused(Fault.UNAVAILABLE, "this process is stopping; open another stream", 1_000))
 
-    async def _answer(self, data: bytes, context: Context) -> InferAnswer:
+    async def _answer(self, data: bytes, context: Context, tenant: str) -> InferAnswer:
         try:
-            return await self._verbs.infer(data, context.time_remaining())
+            return await self._verbs.infer(data, context.time_remaining(), tenant)
         except Exception:
             log.exception("an infer request failed")
             return InferAnswer("", fault=Fault.INTERNAL.name, detail="internal error")
@@ -197,6 +195,11 @@ class GrpcGateway(Actor[None]):
             raise AssertionError("an aborted call went on")
 
         return handle
+
+
+def _said(context: Context, name: str) -> str | None:
+    given = next((value for key, value in context.invocation_metadata() or () if key == name), None)
+    return given if isinstance(given, str) else None
 
 
 def _options(config: GrpcConfig) -> list[tuple[str, int]]:

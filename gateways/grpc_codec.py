@@ -12,7 +12,7 @@ from narsil_stream.schemas.protobuf import DecodeError, Message, message_class
 from narsil_stream.schemas.wire import InferAnswer, InferRequest, JsonOutputWish, Tensor
 
 MAX_TENSORS, MAX_DIMENSIONS, MAX_DIM, MAX_ID = 64, 8, 2**53, 256
-MAX_TIMEOUT_US, MAX_PRIORITY = 2**53, 255
+MAX_TIMEOUT_US, MAX_PRIORITY, MAX_TENANT = 2**53, 255, 128
 """What `schemas/wire.py` allows. The wire's Structs check it when they are decoded; here they are made."""
 
 CONTENTS = {
@@ -60,12 +60,15 @@ def to_request(call: Any, left_s: float | None, default_us: int) -> InferRequest
     if call.outputs:
         _check_outputs(call.outputs)
     budget_us = priority = 0
+    tenant = ""
     if call.parameters:
+        tenant = _text(call.parameters, "tenant", MAX_TENANT)
         budget_us = _number(call.parameters, "timeout", MAX_TIMEOUT_US)
         priority = _number(call.parameters, "priority", MAX_PRIORITY)
     if left_s is not None and left_s * 1e6 < (budget_us or default_us):
         budget_us = max(1, ceil(left_s * 1e6))
-    return InferRequest(call.id, _tensors(call.inputs, call.raw_input_contents), budget_us, priority=priority)
+    tensors = _tensors(call.inputs, call.raw_input_contents)
+    return InferRequest(call.id, tensors, budget_us, priority=priority, tenant=tenant)
 
 
 def _check_outputs(outputs: Any) -> None:
@@ -85,6 +88,16 @@ def _number(parameters: Any, name: str, most: int) -> int:
         found = f"{number}" if number is not None else f"given as {kind or 'nothing'}"
         raise invalid(f"parameter '{name}' is {found}; expected int64_param or uint64_param from 0 to {most}")
     return int(number)
+
+
+def _text(parameters: Any, name: str, most: int) -> str:
+    """ "" if it is not given."""
+    if name not in parameters:
+        return ""
+    given = parameters[name]
+    if given.WhichOneof("parameter_choice") != "string_param" or len(given.string_param) > most:
+        raise invalid(f"parameter '{name}' is not a string_param of at most {most} characters")
+    return str(given.string_param)
 
 
 # Tensors

@@ -31,8 +31,9 @@ class Verbs:
         self.open = 0
         """Infer requests being worked on."""
 
-    async def infer(self, data: bytes, left_s: float | None) -> InferAnswer:
-        """`data`: a ModelInferRequest. `left_s`: until the call's own deadline, in seconds."""
+    async def infer(self, data: bytes, left_s: float | None, tenant: str) -> InferAnswer:
+        """`data`: a ModelInferRequest. `left_s`: until the call's own deadline, in seconds. `tenant`: in place of what
+        the request says; "": nothing."""
         self.open += 1
         self._open_bytes += len(data)
         try:
@@ -43,7 +44,7 @@ class Verbs:
             async def read() -> InferRequest:
                 return to_request(call, left_s, self._inference.default_budget_us)
 
-            answer = await self._inference.ask(call.model_name, call.model_version, read)
+            answer = await self._inference.ask(call.model_name, call.model_version, read, tenant)
             if answer.fault and not answer.id:  # it was refused before it had been decoded
                 answer = replace(answer, id=call.id[:MAX_ID])
             return answer

@@ -145,8 +145,9 @@ class HttpGateway(Actor[None]):
     async def _reply(self, scope: Scope, proto: HTTPProtocol) -> Reply:
         try:
             route, names = self._route(scope)
-            self._access.check(scope.headers.get("authorization"), route.verb)
-            return await route.handler(self._verbs, Call(scope, proto, *names))
+            who = self._access.check(scope.headers.get("authorization"), route.verb)
+            call = Call(scope, proto, *names)
+            return await route.handler(self._verbs, call._replace(who=who) if who else call)
         except Refused as refused:
             return refusal(refused)
         except Problem as problem:

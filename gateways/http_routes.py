@@ -21,6 +21,8 @@ class Call(NamedTuple):
     proto: HTTPProtocol
     model: str = ""
     version: str = ""
+    who: str = ""
+    """Whose token it came with; "" where none is needed."""
 
 
 Handler = Callable[[Any, Call], Awaitable[Reply]]

@@ -16,7 +16,7 @@ from narsil_stream.gateways.http_body import Bodies, Problem, WhileThere
 from narsil_stream.gateways.http_codec import JSON_BYTES, JSON_LENGTH, Body, decode, deflated, encode, is_msgpack
 from narsil_stream.gateways.http_documents import OPENAPI, OPENAPI_HEADERS, PAGE, PAGE_HEADERS
 from narsil_stream.gateways.http_routes import Call, Headers, Reply, Route
-from narsil_stream.gateways.inference import Inference
+from narsil_stream.gateways.inference import TENANT, Inference
 from narsil_stream.gateways.metadata import SERVER
 from narsil_stream.schemas.codec import Spelling
 from narsil_stream.schemas.errors import Fault, Refused, invalid, named
@@ -60,7 +60,8 @@ class Verbs:
 
         try:
             with caller, held:
-                answer = await self._inference.ask(call.model, call.version, read)
+                tenant = call.who or headers.get(TENANT, "")
+                answer = await self._inference.ask(call.model, call.version, read, tenant)
         except asyncio.CancelledError:
             if not caller.left:
                 raise

@@ -7,6 +7,7 @@ import asyncio
 import contextlib
 from collections.abc import Awaitable, Callable
 
+from msgspec.structs import replace
 from prometheus_client import CollectorRegistry
 
 from narsil_stream.core.actor import now_us
@@ -34,6 +35,11 @@ from narsil_stream.schemas.wire import InferAnswer, InferRequest
 
 QUIET_S, TURN_AWAY_S = 0.05, 1.0
 
+TENANT = "narsil-tenant"
+"""The header, or key of metadata, that names the tenant where no token does."""
+MAX_TENANT = 128
+"""Characters."""
+
 Read = Callable[[], Awaitable[InferRequest]]
 
 NOTICED_S = 2.0
@@ -57,6 +63,7 @@ class Inference:
             registry,
             narsil_ready=("1 when a request would be scored", lambda: float(self.ready)),
             narsil_late_answers=("Answers that came after their request had ended", lambda: self._requester.late),
+            narsil_requests_throttled=("Requests refused here as batchers would", lambda: self._requester.throttled),
             narsil_requests_resent=("Requests sent to another batcher", lambda: self._requester.resent),
         )
 
@@ -96,10 +103,11 @@ class Inference:
 
     # Scores
 
-    async def ask(self, model: str, version: str, read: Read) -> InferAnswer:
+    async def ask(self, model: str, version: str, read: Read, tenant: str = "") -> InferAnswer:
         """The scores, or an error of the table: nothing but CancelledError is raised, which withdraws the request.
 
-        `read` gives the decoded request, or raises `Refused`. Each request is counted as ended once.
+        `read` gives the decoded request, or raises `Refused`. `tenant`: on whose behalf, in place of what the request
+        says. Each request is counted as ended once.
         """
         started = now_us()
         self._metrics.offered.inc()
@@ -108,7 +116,11 @@ class Inference:
         try:
             if self._turning_away:
                 raise Refused(Fault.UNAVAILABLE, "this gateway is stopping", 1_000_000)
+            if len(tenant) > MAX_TENANT:
+                raise invalid(f"the tenant's name has {len(tenant)} characters; expected at most {MAX_TENANT}")
             request = await read()
+            if tenant:
+                request = replace(request, tenant=tenant)
             answer = await self._answer(model, version, request)
         except Refused as refused:
             answer = InferAnswer(

@@ -129,13 +129,14 @@ def from_json(request: Any, inputs: tuple[Tensor, ...]) -> InferRequest:
         sent_us=said.sent_us,
         priority=said.priority,
         traceparent=said.traceparent,
+        tenant=said.tenant,
     )
 
 
 def encode_request(request: InferRequest, spelling: Spelling) -> bytes:
     if spelling is Spelling.MSGPACK:
         return _encode_msgpack(request)
-    said = JsonParameters(request.budget_us, request.sent_us, request.priority, request.traceparent)
+    said = JsonParameters(request.budget_us, request.sent_us, request.priority, request.traceparent, request.tenant)
     return _encode_json(JsonRequest(tuple(map(_to_json, request.inputs)), request.id, said))
 
 

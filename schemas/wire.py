@@ -10,6 +10,7 @@ from msgspec import Meta, Raw, Struct, field
 
 Micros = Annotated[int, Meta(ge=0, le=2**53)]
 Priority = Annotated[int, Meta(ge=0, le=255)]
+Tenant = Annotated[str, Meta(max_length=128)]
 Id = Annotated[str, Meta(max_length=256)]
 Dim = Annotated[int, Meta(ge=0, le=2**53)]
 Shape = Annotated[tuple[Dim, ...], Meta(max_length=8)]
@@ -44,6 +45,8 @@ class InferRequest(Struct, array_like=True, frozen=True, gc=False):
     """1 is the most urgent; 0: the server's default class."""
     traceparent: Annotated[str, Meta(max_length=128)] = ""
     """W3C trace context, empty when the request is not sampled."""
+    tenant: Tenant = ""
+    """On whose behalf: tenants share what there is. A gateway that asks for tokens puts the token's name here."""
 
 
 class InferAnswer(Struct, array_like=True, frozen=True, gc=False):
@@ -82,6 +85,8 @@ class JsonParameters(Struct, frozen=True, omit_defaults=True):
     priority: Priority = 0
     """1 is the most urgent; 0: the server's default class."""
     traceparent: Annotated[str, Meta(max_length=128)] = ""
+    tenant: Tenant = ""
+    """On whose behalf: tenants share what there is. Where a token is needed, its name counts instead."""
 
 
 class JsonOutputWish(Struct, frozen=True):

@@ -29,7 +29,9 @@ class Actor:
         """What was accepted here and has no end yet: the referee's own record."""
         self._due_us = 0
         self._armed_us = -1
-        self._turns_now = (0, 0)
+        self._turned_us = -1
+        self._turns = 0
+        """At that instant."""
 
     def clock(self) -> int:
         """Monotonic µs, as this process sees them."""
@@ -47,8 +49,10 @@ class Actor:
         if self.thaws_us > self.world.now:
             self.world.at(self.thaws_us, self.take, message)
             return
-        self.receive(message)
-        self.step()
+        if self.receive(message):
+            self.step()
+        elif self.alive:
+            self.check()
 
     def wake(self) -> None:
         if not self.alive:
@@ -60,14 +64,16 @@ class Actor:
 
     def step(self) -> None:
         world = self.world
+        now = world.now
         due_us = self.turn() - self.skew_us
-        at_us, turns = self._turns_now
-        self._turns_now = (world.now, turns + 1 if at_us == world.now else 1)
-        if self._turns_now[1] > SPINS:
+        if self._turned_us != now:
+            self._turned_us, self._turns = now, 0
+        self._turns += 1
+        if self._turns > SPINS:
             world.referee.fail(f"{self.name} wakes itself without end")
-        self._due_us = max(due_us, world.now)
-        if self._armed_us < 0 or self._due_us < self._armed_us:
-            self._arm(self._due_us)
+        self._due_us = due_us = due_us if due_us > now else now
+        if self._armed_us < 0 or due_us < self._armed_us:
+            self._arm(due_us)
         if self.alive:
             self.check()
 
@@ -86,7 +92,8 @@ class Actor:
         else:
             self.step()
 
-    def receive(self, message: Message) -> None:
+    def receive(self, message: Message) -> bool:
+        """Whether a turn has to follow."""
         raise NotImplementedError
 
     def turn(self) -> int:

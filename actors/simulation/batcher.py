@@ -39,7 +39,7 @@ class Batcher(Actor):
         self._tickets = 0
         self._leaves_us = 0
 
-    def receive(self, message: Message) -> None:
+    def receive(self, message: Message) -> bool:
         policy, now = self.policy, self.clock()
         if isinstance(message, Wishes):
             for wish in message.wishes:
@@ -49,12 +49,15 @@ class Batcher(Actor):
             self._act(decisions)
             self._score(tickets, message)
         elif isinstance(message, ExecutorBeat):
+            self.shadow.heard(message.executor)
             self._act(policy.beat(message, now))
         elif isinstance(message, Grant):
-            policy.grant(message.executor, message.slot)
+            self.shadow.granted(message.executor)
+            policy.grant(message.executor, message.slot, now)
         elif isinstance(message, Cancel):
             for slot in message.slots:
                 self._cancel(message.reply, slot)
+        return True
 
     def turn(self) -> int:
         now = self.clock()
@@ -93,8 +96,7 @@ class Batcher(Actor):
             self.phase,
             policy.rules.lease_us // 1_000,
         )
-        for actor in (*self.world.gateways, *self.world.executors):
-            self.world.send(self, actor.name, beat)
+        self.world.broadcast(self, (*self.world.gateways, *self.world.executors), beat)
 
     # Requests
 
@@ -104,7 +106,7 @@ class Batcher(Actor):
         self._tickets += 1
         ticket = Ticket(
             self._tickets, self.world.models[wish.model], wish.rows, wish.rows * 40, wish.priority,
-            now, now + wish.budget_us, caller,
+            now, now + wish.budget_us, caller, tenant=wish.tenant,
         )  # fmt: skip
         try:
             refuse_stale(wall - wish.sent_us, wish.budget_us, STALE_GRACE_US)
@@ -137,7 +139,7 @@ class Batcher(Actor):
                 if world.trace is not None:
                     world.note(self.name, f"drops r{caller.request}: {decision.fault.name}, {decision.detail}")
                 world.tally["decision", "batcher: dropped"] += 1
-                self.shadow.ended(decision.ticket)
+                self.shadow.dropped(decision)
                 self._open.pop((caller.reply, caller.slot), None)
                 self._answer(caller, decision.fault.name)
             elif isinstance(decision, Plead):

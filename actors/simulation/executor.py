@@ -36,7 +36,7 @@ class Executor(Actor):
         self.slow_until_us = 0
         self._free_us = 0
 
-    def receive(self, message: Message) -> None:
+    def receive(self, message: Message) -> bool:
         now = self.clock()
         if isinstance(message, Batch):
             self._accept(message)
@@ -46,6 +46,7 @@ class Executor(Actor):
             self.ledger.demand(message, now)
         elif isinstance(message, BatcherBeat):
             self.ledger.beat(message, now)
+        return True
 
     def turn(self) -> int:
         now, known = self.clock(), len(self.ledger.batchers)
@@ -72,8 +73,7 @@ class Executor(Actor):
 
     def _beat(self) -> None:
         beat = ExecutorBeat(self.name, self.models, len(self.ledger.places), self.ledger.leases(), self.phase)
-        for batcher in self.world.batchers:
-            self.world.send(self, batcher.name, beat)
+        self.world.broadcast(self, self.world.batchers, beat)
 
     def _accept(self, batch: Batch) -> None:
         world = self.world
@@ -118,5 +118,7 @@ class Executor(Actor):
             fail(f"{name} holds {ledger.busy()} slots busy for {self.inside} batches")
         if len(ledger.places) != self.slots:
             fail(f"{name} has {len(ledger.places)} slots; it started with {self.slots}")
-        if ledger.open and ledger.batchers and not all(place.holder or place.busy for place in ledger.places):
-            fail(f"{name} keeps a slot that a batcher could have")
+        if ledger.open and ledger.batchers:
+            for place in ledger.places:
+                if not place.holder and not place.busy:
+                    fail(f"{name} keeps a slot that a batcher could have")

@@ -1,4 +1,4 @@
-"""A simulated gateway: as `core.requester`, whose policy, `Router`, is the real one."""
+"""A simulated gateway: as `core.requester`, whose policies, `Router` and `Throttle`, are the real ones."""
 
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
@@ -7,11 +7,15 @@ from narsil_stream.actors.simulation.actor import Actor
 from narsil_stream.actors.simulation.messages import Message, Replies, Wish, Wishes
 from narsil_stream.core import routing
 from narsil_stream.core.routing import Router
+from narsil_stream.core.throttle import LASTS_US, Flow, Throttle, kind
 from narsil_stream.schemas.errors import Refused
 from narsil_stream.schemas.internal import BatcherBeat, Cancel
 
 if TYPE_CHECKING:
     from narsil_stream.actors.simulation.world import World
+
+
+RETRY_AFTER_US = 10_000
 
 
 class Connected:
@@ -29,6 +33,8 @@ class Request(routing.Pending):
     rows: int
     priority: int
     budget_us: int
+    tenant: str
+    flow: Flow
 
 
 class Gateway(Actor):
@@ -39,19 +45,35 @@ class Gateway(Actor):
         self.router: Router[Request] = Router(Connected(), self.clock())
         self._check_due_us = 0
         self._resent = 0
+        self._throttle = Throttle(few=0)
+        self._refused_us = -LASTS_US
+        """When a batcher refused something last."""
 
-    def ask(self, number: int, model: str, rows: int, priority: int, budget_us: int) -> Request:
+    def ask(self, number: int, model: str, rows: int, priority: int, budget_us: int, tenant: str = "") -> Request:
         """Somebody asks. The request leaves with the next turn."""
         request = Request(
             self.router.slot(), model, "", self.clock() + budget_us, rows * 40,
-            number=number, rows=rows, priority=priority, budget_us=budget_us,
+            number=number, rows=rows, priority=priority, budget_us=budget_us, tenant=tenant,
+            flow=self._throttle.flow(kind(model, tenant, priority, budget_us), self.clock()),
         )  # fmt: skip
         self.world.referee.asked(self, request)
+        now = self.clock()
         try:
+            self._check_throttle(request, now)
             self.router.add(request)
         except Refused as refused:
             self.world.referee.answered(self, request, refused.fault.name)
         return request
+
+    def _check_throttle(self, request: Request, now: int) -> None:
+        """Raises OVERLOADED, as batchers have lately."""
+        try:
+            request.flow.check(now)
+        except Refused:
+            self.world.tally["decision", "gateway: request throttled"] += 1
+            if now - self._refused_us > LASTS_US:
+                self.world.referee.fail(f"{self.name} throttles although no batcher has refused anything lately")
+            raise
 
     def withdraw(self, request: Request) -> None:
         """Whoever asked has left."""
@@ -60,16 +82,27 @@ class Gateway(Actor):
             self.world.send(self, request.batcher, Cancel(self.name, (request.slot,)))
             self.step()
 
-    def receive(self, message: Message) -> None:
+    def receive(self, message: Message) -> bool:
         if isinstance(message, Replies):
             for answer in message.answers:
                 request = self.router.answered(answer.slot)
                 if request is None:
                     self.world.tally["decision", "gateway: answer to nobody"] += 1
                 else:
+                    self._learn(request, answer.fault)
                     self.world.referee.answered(self, request, answer.fault or "scored", answer.scores)
         elif isinstance(message, BatcherBeat):
             self._fail(self.router.beat(message, self.clock()))
+            return self.router.has_outgoing()
+        return True
+
+    def _learn(self, request: Request, fault: str) -> None:
+        now = self.clock()
+        if fault == "OVERLOADED":
+            self._refused_us = now
+            request.flow.refused(RETRY_AFTER_US, now)
+        else:
+            request.flow.accepted(now)
 
     def turn(self) -> int:
         now, router = self.clock(), self.router
@@ -91,7 +124,8 @@ class Gateway(Actor):
         wall = self.wall()
         for batcher, bundle in self.router.outgoing():
             wishes = tuple(
-                Wish(r.slot, r.number, r.model, r.rows, r.priority, max(1, r.deadline_us - now), wall) for r in bundle
+                Wish(r.slot, r.number, r.model, r.rows, r.priority, max(1, r.deadline_us - now), wall, r.tenant)
+                for r in bundle
             )
             self.world.send(self, batcher, Wishes(self.name, wishes))
 

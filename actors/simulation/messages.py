@@ -17,6 +17,7 @@ class Wish(NamedTuple):
     budget_us: int
     sent_us: int
     """By the wall clock of the gateway."""
+    tenant: str
 
 
 class Wishes(NamedTuple):

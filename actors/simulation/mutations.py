@@ -1,15 +1,22 @@
 """Policy errors that can be planted, to see that the referee finds them. Each is a patch of the real policy's class."""
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from typing import Any, NamedTuple
 
-from narsil_stream.actors.decisions import Decision
+from narsil_stream.actors.ageing import Ageing
+from narsil_stream.actors.cutting import Cutting
+from narsil_stream.actors.decisions import Decision, Rules
 from narsil_stream.actors.flights import Executor, Group
 from narsil_stream.actors.leasing import Ledger, Place
-from narsil_stream.actors.queue import Line, ModelKey, Queue, State, Ticket
+from narsil_stream.actors.line import Lane, Line
+from narsil_stream.actors.pleading import Pleading
+from narsil_stream.actors.queue import ModelKey, Queue, State, Ticket
+from narsil_stream.actors.retrying import Retries
 from narsil_stream.actors.scheduling import FLOAT_BYTES, Scheduler
 from narsil_stream.core.routing import Router
+from narsil_stream.core.throttle import Flow
+from narsil_stream.schemas.errors import Fault, Refused
 from narsil_stream.schemas.internal import Batch, Result, Slot
 
 
@@ -23,7 +30,7 @@ class Mutation(NamedTuple):
 
 
 def _fifo(add: Callable[..., None]) -> Callable[..., None]:
-    def wrong(self: Line, ticket: Ticket) -> None:
+    def wrong(self: Lane, ticket: Ticket) -> None:
         add(self, ticket)
         self.entries.sort(key=lambda entry: entry[1])
 
@@ -34,7 +41,7 @@ def _reversed_classes(cut: Callable[..., list[Ticket]]) -> Callable[..., list[Ti
     def reverse(queue: Queue) -> None:
         queue.lines = {-priority: line for priority, line in queue.lines.items()}
 
-    def wrong(self: Queue, max_rows: int, max_bytes: int, coalesce: bool = True) -> list[Ticket]:
+    def wrong(self: Queue, max_rows: int, max_bytes: int, coalesce: bool, _: Iterable[Ticket]) -> list[Ticket]:
         reverse(self)
         tickets = cut(self, max_rows, max_bytes, coalesce)
         reverse(self)
@@ -122,30 +129,30 @@ def _no_resend(_: Any) -> Callable[..., list[Decision]]:
 
 
 def _idle_executor(pleads: Callable[..., bool]) -> Callable[..., bool]:
-    def wrong(self: Scheduler, executor: Executor) -> bool:
+    def wrong(self: Pleading, executor: Executor) -> bool:
         return pleads(self, executor) and bool(executor.abandoned)
 
     return wrong
 
 
 def _waits_for_company(ripe_us: Callable[..., int]) -> Callable[..., int]:
-    def wrong(self: Scheduler, model: ModelKey, queue: Queue) -> int:
-        return max(ripe_us(self, model, queue), queue.since_us + 1_000)
+    def wrong(self: Cutting, model: ModelKey, queue: Queue, rules: Rules) -> int:
+        return max(ripe_us(self, model, queue, rules), queue.since_us + 1_000)
 
     return wrong
 
 
 def _unbounded_queue(offer: Callable[..., None]) -> Callable[..., None]:
     def wrong(self: Scheduler, ticket: Ticket, now_us: int) -> None:
-        self.queues.setdefault(ticket.model, Queue()).push(ticket)
+        self.queues.setdefault(ticket.model, Queue(self.tenants)).push(ticket)
 
     return wrong
 
 
 def _tries_for_ever(_: Any) -> Callable[..., Any]:
-    def wrong(self: Scheduler, group: Group) -> list[Decision]:
-        if not group.done and group not in self.retries and not self.executors.flying(group):
-            self.retries.append(group)
+    def wrong(self: Retries, group: Group) -> list[Decision]:
+        if not group.done and group not in self and not self._executors.flying(group):
+            self.append(group)
         return []
 
     return wrong
@@ -159,8 +166,31 @@ def _silent_loss(_: Any) -> Callable[..., Any]:
     return wrong
 
 
+def _nothing(_: Any) -> Callable[..., None]:
+    def wrong(*_: Any) -> None:
+        pass
+
+    return wrong
+
+
+def _always_ages(earn: Callable[..., None]) -> Callable[..., None]:
+    def wrong(self: Ageing, rows: int, aged_waits: bool) -> None:
+        earn(self, 100 * rows, aged_waits)
+
+    return wrong
+
+
+def _throttles_all(check: Callable[..., None]) -> Callable[..., None]:
+    def wrong(self: Flow, now_us: int) -> None:
+        if int(self.requests) % 3 == 1:
+            raise Refused(Fault.OVERLOADED, "enough", 1_000)
+        check(self, now_us)
+
+    return wrong
+
+
 MUTATIONS = (
-    Mutation("fifo", "first come, first served inside a class, whatever the deadline", Line, "add", _fifo),
+    Mutation("fifo", "first come, first served inside a class, whatever the deadline", Lane, "add", _fifo),
     Mutation("class-inversion", "the least urgent class goes first", Queue, "cut", _reversed_classes),
     Mutation("lost-credit", "each fifth slot that an executor gives is dropped", Executor, "offer_slot", _lost_credit),
     Mutation("late-drop", "expired requests are dropped 5 ms late", Scheduler, "offer", _late_drop),
@@ -168,13 +198,17 @@ MUTATIONS = (
     Mutation("dead-executor", "a silent executor is never given up", Scheduler, "_lost_executors", _never_expires),
     Mutation("double-dispatch", "a batch goes to two executors at once", Scheduler, "_dispatches", _double_dispatch),
     Mutation("no-resend", "batches at a lost executor are forgotten", Scheduler, "_lose", _no_resend),
-    Mutation("endless-resend", "a batch is tried again without end", Scheduler, "_again", _tries_for_ever),
+    Mutation("endless-resend", "a batch is tried again without end", Retries, "again", _tries_for_ever),
     Mutation("answer-twice", "the second result of a batch is answered, too", Scheduler, "result", _answers_twice),
-    Mutation("idle-executor", "nobody asks for slots that others hold", Scheduler, "_pleads", _idle_executor),
-    Mutation("company", "a free executor waits 1 ms for a fuller batch", Scheduler, "_ripe_us", _waits_for_company),
+    Mutation("idle-executor", "nobody asks for slots that others hold", Pleading, "pleads", _idle_executor),
+    Mutation("company", "a free executor waits 1 ms for a fuller batch", Cutting, "ripe_us", _waits_for_company),
     Mutation("beyond-total", "an executor takes batches on void slots", Ledger, "accept", _beyond_total),
     Mutation("same-generation", "a slot changes hands under its old number", Ledger, "_free", _same_generation),
     Mutation("kept-lease", "a silent batcher keeps its slots", Ledger, "expire", _keeps_leases),
+    Mutation("no-ageing", "aged work of a less urgent class gets nothing", Ageing, "earn", _nothing),
+    Mutation("only-ageing", "aged work goes before more urgent work, always", Ageing, "earn", _always_ages),
+    Mutation("greedy-tenant", "tenants take no turns: the earliest deadline goes first", Line, "_charge", _nothing),
+    Mutation("eager-throttle", "gateways refuse what batchers would accept", Flow, "check", _throttles_all),
     Mutation("lost-request", "a gateway forgets what a lost batcher had", Router, "lose", _silent_loss),
 )
 BY_NAME = {mutation.name: mutation for mutation in MUTATIONS}

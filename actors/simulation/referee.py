@@ -1,4 +1,4 @@
-"""The rules that must hold whatever happens, checked after each event, and at rest."""
+"""The rules that must hold whatever happens, checked after each event, as time moves on, and at rest."""
 
 from heapq import heappop, heappush
 from typing import TYPE_CHECKING, NoReturn
@@ -76,19 +76,19 @@ class Referee:
         heappush(self._watched, (due_us + grace_us, self._watches, actor, key))
         self._watches += 1
 
-    def check(self) -> None:
-        """After each event."""
-        watched, now = self._watched, self._world.now
-        while watched and watched[0][0] < now:
+    def check(self, until_us: int) -> None:
+        """Before time moves on to then: what is so now was so for all that while."""
+        watched = self._watched
+        while watched and watched[0][0] < until_us:
             _, _, actor, key = heappop(watched)
             if actor.alive and key in actor.unended:
-                if actor.thaws_us < now:
+                if actor.thaws_us < until_us:
                     what = f"r{key}" if actor.kind == "gateway" else f"r{actor.unended[key].payload.request}"
                     self.fail(f"{actor.name} leaves {what} without an end past its budget and the grace")
                 self.watch(actor, key, actor.thaws_us, 0)
-        self._check_idle(now)
+        self._check_idle(self._world.now, until_us)
 
-    def _check_idle(self, now: int) -> None:
+    def _check_idle(self, now: int, until_us: int) -> None:
         """One round trip while nothing is under way, and a few while a slot that it offers goes from hand to hand."""
         world = self._world
         hungry = None
@@ -108,8 +108,8 @@ class Referee:
                 executor.still_us = now
             if executor.idle_us is None:
                 executor.idle_us = now
-            still_us = 0 if executor.still_us is None else now - executor.still_us
-            idle_us = now - executor.idle_us
+            still_us = 0 if executor.still_us is None else until_us - executor.still_us
+            idle_us = until_us - executor.idle_us
             if still_us > world.round_trip_us or idle_us > MOST_TRIPS * world.round_trip_us:
                 self.fail(f"{executor.name} is idle for {idle_us} us while work waits in {waits.name}")
 

@@ -32,9 +32,15 @@ class Outcome:
 
 
 def rules_of(seed: int) -> Rules:
-    """Mostly the plain ones; some runs have a linger, some take each request alone."""
+    """Mostly the plain ones; some runs have a linger, some take each request alone, some have strict priorities."""
     rng = random.Random(seed)
-    return replace(RULES, coalesce=rng.random() > 0.1, linger_us=rng.choice((0,) * 9 + (2_000,)))
+    return replace(
+        RULES,
+        coalesce=rng.random() > 0.1,
+        linger_us=rng.choice((0,) * 9 + (2_000,)),
+        ageing=rng.choice((0.0, 0.1, 0.5)),
+        weights=rng.choice(({}, {"a": 3.0})),
+    )
 
 
 def simulate(seed: int, traced: bool = False, rules: Rules | None = None) -> Outcome:

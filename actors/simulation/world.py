@@ -2,7 +2,7 @@
 
 import random
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from heapq import heappop, heappush
 from itertools import count
 from typing import Any
@@ -15,7 +15,7 @@ from narsil_stream.actors.simulation.executor import Executor
 from narsil_stream.actors.simulation.gateway import Gateway
 from narsil_stream.actors.simulation.messages import Message, told
 from narsil_stream.actors.simulation.referee import Referee
-from narsil_stream.actors.simulation.weather import Faults, Weather
+from narsil_stream.actors.simulation.weather import ON_TIME, Faults, Weather
 from narsil_stream.schemas.internal import Batch, Grant, ModelRef, Result
 
 BEAT_US = 25_000
@@ -31,6 +31,9 @@ RULES = Rules(
     failover_factor=4.0,
 )
 WORK = frozenset([Batch, Result, Grant])
+PRIORITIES = ((1, 128, 128), (1, 1, 1, 128), (1, 2, 128))
+TENANTS = (("",), ("",), ("a", "b"), ("a", "b", "b", "b", "b", "b"), ("a", "b", "c", "c", "c"))
+"""Of one run; who stands there more often asks more often."""
 MODELS = {name: ModelKey(name, "1", f"digest of {name}") for name in ("m", "n")}
 
 
@@ -62,6 +65,8 @@ class World:
         self.executors: list[Executor] = []
         self.executors_by_name: dict[str, Executor] = {}
         self._pass_us = rng.choice((1.0, 4.0))
+        self._priorities = rng.choice(PRIORITIES)
+        self._tenants = rng.choice(TENANTS)
         self._queue: list[tuple[int, int, Callable[..., object], tuple[Any, ...]]] = []
         self._order = count()
         self._names = {kind: count() for kind in ("gateway", "batcher", "executor")}
@@ -80,10 +85,13 @@ class World:
     def run_until(self, end_us: int) -> None:
         queue, check = self._queue, self.referee.check
         while queue and queue[0][0] <= end_us:
-            self.now, _, do, args = heappop(queue)
+            when_us, _, do, args = heappop(queue)
+            if when_us > self.now:
+                check(when_us)
+                self.now = when_us
             do(*args)
             self.events += 1
-            check()
+        check(end_us)
         self.now = end_us
 
     # Bus
@@ -98,6 +106,25 @@ class World:
                 executor.under_way += len(times)
         for late_us in times:
             self.at(self.now + LATENCY_US + late_us, self._deliver, to, message)
+
+    def broadcast(self, sender: Actor, actors: Iterable[Actor], message: Message) -> None:
+        """A heartbeat. All whom it reaches on time get it in one event."""
+        told_as = told(message) if self.trace is not None else ""
+        reached: list[Actor] = []
+        for actor in actors:
+            if told_as:
+                self.note(f"{sender.name} -> {actor.name}", told_as)
+            _, times = self.weather.fate(sender.name, actor.name, message)
+            if times is ON_TIME:
+                reached.append(actor)
+                continue
+            for late_us in times:
+                self.at(self.now + LATENCY_US + late_us, self._deliver, actor.name, message)
+        self.at(self.now + LATENCY_US, self._deliver_all, reached, message)
+
+    def _deliver_all(self, actors: list[Actor], message: Message) -> None:
+        for actor in actors:
+            actor.take(message)
 
     def _deliver(self, to: str, message: Message) -> None:
         if type(message) in WORK:
@@ -178,8 +205,8 @@ class World:
                 self.poison.add(number)
             budget = budget_us or rng.choice((3_000, 20_000, 60_000, 150_000))
             model = rng.choice(tuple(self.models))
-            priority = rng.choice((1, 128, 128))
-            request = gateway.ask(number, model, rows or rng.choice((1, 1, 2, 8, 32)), priority, budget)
+            priority, tenant = rng.choice(self._priorities), rng.choice(self._tenants)
+            request = gateway.ask(number, model, rows or rng.choice((1, 1, 2, 8, 32)), priority, budget, tenant)
             if bad and rng.random() < 0.05:
                 self.at(self.now + rng.randrange(budget), gateway.withdraw, request)
         gateway.step()

@@ -16,6 +16,8 @@ log = logging.getLogger(__name__)
 LOOK_EVERY_S = 1.0
 """So long may a change of the file go unnoticed."""
 TOKEN_CHARS = 512
+NAME_CHARS = 128
+"""Of whose token it is, as far as a request carries it."""
 
 
 class Need(enum.Enum):
@@ -65,8 +67,9 @@ class Access:
         """Otherwise `check` needs no header."""
         return self._file is not None
 
-    def check(self, authorization: str | None, verb: str) -> None:
-        """Whether a caller with that `authorization` header may use `verb`, see `VERBS`.
+    def check(self, authorization: str | None, verb: str) -> str:
+        """Whether a caller with that `authorization` header may use `verb`, see `VERBS`. Returns whose token it is; ""
+        where none is needed.
 
         Raises `Refused`: UNAUTHENTICATED, PERMISSION_DENIED.
         """
@@ -74,14 +77,16 @@ class Access:
         if self._file is None:
             if need is Need.ADMIN and not self._trusting:
                 raise Refused(Fault.PERMISSION_DENIED, f"{verb} needs a token here, and this server knows none")
-            return
+            return ""
         if need is Need.NOTHING:
-            return
-        known = self._file.known().get(digest(_token(authorization)))
+            return ""
+        key = digest(_token(authorization))
+        known = self._file.known().get(key)
         if known is None:
             raise Refused(Fault.UNAUTHENTICATED, "this token is not known")
         if not known.scopes & need.value:
             raise Refused(Fault.PERMISSION_DENIED, f"{verb} needs a token with scope {' or '.join(sorted(need.value))}")
+        return known.who[:NAME_CHARS] or f"token {key.hex()[:8]}"
 
 
 class TokensFile:

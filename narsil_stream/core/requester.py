@@ -17,6 +17,7 @@ from narsil_stream.core.actor import now_us, unix_us
 from narsil_stream.core.bus import Bus
 from narsil_stream.core.config import Config
 from narsil_stream.core.routing import Peer, Router
+from narsil_stream.core.throttle import Flow, Throttle, kind
 from narsil_stream.core.versions import newness
 from narsil_stream.schemas import subjects
 from narsil_stream.schemas.codec import UNDECODABLE
@@ -27,6 +28,8 @@ from narsil_stream.schemas.oip import StatisticsReport
 from narsil_stream.schemas.wire import InferAnswer, InferRequest
 
 log = logging.getLogger(__name__)
+
+OVERLOADED = Fault.OVERLOADED.name
 
 _decode_answers = msgspec.msgpack.Decoder(Answers).decode
 _decode_beat = msgspec.msgpack.Decoder(BatcherBeat).decode
@@ -40,6 +43,7 @@ class Pending(routing.Pending):
 
     request: InferRequest
     future: asyncio.Future[InferAnswer]
+    flow: Flow
 
     def left(self) -> bool:
         return self.future.done()
@@ -60,6 +64,9 @@ class Requester:
         self._checks: asyncio.TimerHandle | None = None
         self._seen = asyncio.Event()
         self._cards: dict[str, ModelCard] = {}
+        self._throttle = Throttle()
+        self.throttled = 0
+        """Requests refused here, because batchers refused most of their kind."""
 
     @property
     def late(self) -> int:
@@ -168,6 +175,12 @@ class Requester:
             raise Refused(Fault.NOT_FOUND, f"model {model!r}, version {version!r}: names match {NAME.pattern}")
         budget_us = min(request.budget_us or self._limits.default_budget_us, self._limits.max_budget_us)
         now = now_us()
+        flow = self._throttle.flow(kind(model, request.tenant, request.priority, budget_us), now)
+        try:
+            flow.check(now)
+        except Refused:
+            self.throttled += 1
+            raise
         future: asyncio.Future[InferAnswer] = asyncio.get_running_loop().create_future()
         pending = Pending(
             slot=self._router.slot(),
@@ -177,6 +190,7 @@ class Requester:
             nbytes=sum(tensor.data.nbytes for tensor in request.inputs),
             request=request,
             future=future,
+            flow=flow,
         )
         self._router.add(pending)
         self._send_soon()
@@ -220,9 +234,16 @@ class Requester:
     # Answers
 
     def _on_answers(self, message: Answers) -> None:
+        now = now_us()
         for slot, answer in zip(message.slots, message.answers, strict=True):
             pending = self._router.answered(slot)
-            if pending is not None and not pending.future.done():
+            if pending is None:
+                continue
+            if answer.fault == OVERLOADED:
+                pending.flow.refused(answer.retry_after_us, now)
+            else:
+                pending.flow.accepted(now)
+            if not pending.future.done():
                 pending.future.set_result(answer)
 
     def _fail(self, pending: Pending, refused: Refused) -> None:

@@ -26,8 +26,9 @@ def ticket(
     size: int = 10,
     arrived_us: int = 0,
     model: ModelKey = MODEL,
+    tenant: str = "",
 ) -> Ticket:
-    return Ticket(next(_ids), model, rows, size, priority, arrived_us, deadline_us)
+    return Ticket(next(_ids), model, rows, size, priority, arrived_us, deadline_us, tenant=tenant)
 
 
 class Batcher:
@@ -97,7 +98,7 @@ class Batcher:
         self._result(Result(sent.batch, sent.executor, memoryview(b""), 0))
 
     def teach(self, rows: int, service_us: int) -> None:
-        self.policy.times.observe(MODEL, rows, service_us)
+        self.policy.forecast.times.observe(MODEL, rows, service_us)
 
     def dropped(self) -> list[tuple[Ticket, str]]:
         return [(drop.ticket, drop.fault.name) for drop in self.drops]

@@ -3,6 +3,7 @@
 import random
 
 from narsil_stream.actors.queue import Queue, State
+from narsil_stream.actors.tenants import BEYOND, MOST, Tenants
 from tests.actors.puppets import ticket
 
 
@@ -90,8 +91,8 @@ def test_cancelled_tickets_do_not_pile_up_behind_a_waiting_one():
         gone = ticket(deadline_us=2)
         queue.push(gone)
         queue.cancel(gone)
-    (line,) = queue.lines.values()
-    assert len(line.entries) < 100
+    (lane,) = queue.lines[128].lanes.values()
+    assert len(lane.entries) < 100
     assert queue.count == 1
 
 
@@ -104,9 +105,9 @@ def test_rows_ahead_are_those_of_more_urgent_priorities_and_earlier_deadlines():
         ticket(rows=4, priority=2, deadline_us=5 * step),
         ticket(rows=8, priority=3, deadline_us=1 * step),
     )
-    assert queue.rows_ahead(1, 8 * step) == 0
-    assert queue.rows_ahead(2, 3 * step) == 1 + 2
-    assert queue.rows_ahead(2, 5 * step) == 1 + 2 + 4
+    assert queue.rows_ahead(ticket(priority=1, deadline_us=8 * step)) == 0
+    assert queue.rows_ahead(ticket(priority=2, deadline_us=3 * step)) == 1 + 2
+    assert queue.rows_ahead(ticket(priority=2, deadline_us=5 * step)) == 1 + 2 + 4
 
 
 def test_the_accounts_agree_with_the_content_whatever_happens():
@@ -132,6 +133,100 @@ def test_the_accounts_agree_with_the_content_whatever_happens():
         assert queue.bytes == sum(one.bytes for one in inside)
         assert queue.head() is min(inside, key=lambda t: (t.priority, t.deadline_us, t.id), default=None)
         assert queue.earliest_deadline() == min((one.deadline_us for one in inside), default=None)
-        assert queue.rows_ahead(9, 0) == queue.rows
+        assert queue.rows_ahead(ticket(priority=9)) == queue.rows
     assert sorted(queue.drain(), key=id) == sorted(inside, key=id)
     assert (queue.rows, queue.bytes, queue.count, queue.lines) == (0, 0, 0, {})
+
+
+# Tenants
+
+
+def test_tenants_take_turns_by_rows():
+    """One that asks ten times as often would get ten times as much."""
+    queue = filled(*(ticket(tenant="greedy", deadline_us=at) for at in range(90)))
+    for at in range(10):
+        queue.push(ticket(tenant="modest", deadline_us=1_000 + at))
+    cut = queue.cut(20, 1_000)
+    assert [sum(one.tenant == name for one in cut) for name in ("greedy", "modest")] == [10, 10]
+
+
+def test_weights_say_how_much_a_tenant_gets():
+    """Shares that are bought differ."""
+    queue = Queue(Tenants({"gold": 3.0}))
+    for at in range(80):
+        queue.push(ticket(tenant="gold", deadline_us=500 + at))
+        queue.push(ticket(tenant="plain", deadline_us=at))
+    cut = queue.cut(40, 1_000)
+    assert [sum(one.tenant == name for one in cut) for name in ("gold", "plain")] == [30, 10]
+
+
+def test_a_tenant_alone_has_everything():
+    """Shares are for when there is not enough."""
+    assert len(filled(*(ticket(tenant="a") for _ in range(20))).cut(20, 1_000)) == 20
+
+
+def test_nobody_saves_up_turns_while_away():
+    """Who comes back would shut the others out for as long as it was gone."""
+    queue = filled(*(ticket(tenant="a", deadline_us=at) for at in range(100)), ticket(tenant="b", deadline_us=0))
+    queue.cut(60, 1_000)
+    for at in range(50):
+        queue.push(ticket(tenant="b", deadline_us=1_000 + at))
+    cut = queue.cut(20, 1_000)
+    assert [sum(one.tenant == name for one in cut) for name in "ab"] == [10, 10]
+
+
+def test_a_large_request_counts_as_many_rows_as_it_has():
+    """Turns by requests would let who sends large ones have nearly all."""
+    queue = Queue()
+    for at in range(50):
+        queue.push(ticket(rows=8, tenant="large", deadline_us=at))
+        queue.push(ticket(rows=1, tenant="small", deadline_us=at))
+    served = {"large": 0, "small": 0}
+    for _ in range(10):
+        for one in queue.cut(9, 1_000):
+            served[one.tenant] += one.rows
+    assert abs(served["large"] - served["small"]) <= 8
+
+
+def test_inside_a_tenant_the_earliest_deadline_goes_first():
+    """Fairness between tenants is no reason to miss a deadline."""
+    late, early, other = ticket(tenant="a", deadline_us=9), ticket(tenant="a", deadline_us=1), ticket(tenant="b")
+    assert filled(late, other, early).cut(10, 1_000) == [early, other, late]
+
+
+def test_the_rows_ahead_of_a_modest_tenant_are_few():
+    """It would be refused for a backlog that is not before it."""
+    queue = filled(*(ticket(rows=5, tenant="greedy", deadline_us=at) for at in range(100)))
+    assert queue.rows_ahead(ticket(rows=3, tenant="modest")) == 3
+    assert queue.rows_ahead(ticket(rows=3, tenant="greedy")) == 500
+
+
+def test_the_tenants_that_are_told_apart_are_bounded():
+    """Names come from outside: they must not fill the memory. Who has nothing waiting makes room."""
+    tenants = Tenants({})
+    for at in range(MOST):
+        tenants.add(tenants.known_as(str(at)), 1, 1)
+    assert tenants.known_as("one more") == BEYOND
+    tenants.remove("7", 1, 1)
+    assert tenants.known_as("one more") == "one more"
+    assert len(tenants.waiting) <= MOST + 1
+
+
+# Ageing
+
+
+def test_work_has_aged_once_half_of_its_budget_is_gone():
+    """Sooner would make classes meaningless, later would leave no time to serve it."""
+    low = ticket(priority=5, arrived_us=1_000, deadline_us=3_000)
+    queue = filled(ticket(priority=1), low)
+    assert queue.aged(1, 1_999) is None
+    assert queue.aged(1, 2_000) is low
+    assert queue.aged(5, 2_000) is None, "it is not less urgent than itself"
+
+
+def test_aged_work_goes_before_more_urgent_work():
+    """That is what it is for."""
+    urgent, low = ticket(priority=1), ticket(priority=5, deadline_us=10)
+    queue = filled(urgent, low)
+    assert queue.cut(1, 1_000, aged=iter([low])) == [low]
+    assert queue.cut(1, 1_000) == [urgent]

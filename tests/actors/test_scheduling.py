@@ -3,8 +3,9 @@
 import pytest
 
 from narsil_stream.actors.flights import ARRIVES_US, DEMAND_EVERY_US
+from narsil_stream.actors.forecast import MARGIN
 from narsil_stream.actors.queue import State
-from narsil_stream.actors.scheduling import MARGIN, MAX_BOUNCES
+from narsil_stream.actors.retrying import MAX_BOUNCES
 from narsil_stream.schemas.errors import Fault
 from narsil_stream.schemas.internal import Slot
 from tests.actors.puppets import BUDGET_US, FLOOR_US, LEASE_US, MODEL, OTHER, Batcher, ticket
@@ -539,11 +540,11 @@ def test_a_batch_does_not_bounce_forever():
 def test_a_grant_that_was_overtaken_is_ignored():
     """Two messages that change places would put a void slot into the batcher's hand."""
     batcher = one_executor(Slot(0, 7))
-    batcher.policy.grant("e1", Slot(0, 6))
+    batcher.policy.grant("e1", Slot(0, 6), batcher.now)
     batcher.offer(ticket())
     (sent,) = batcher.decide()
     assert sent.slot == Slot(0, 7)
-    batcher.policy.grant("e1", Slot(0, 7))
+    batcher.policy.grant("e1", Slot(0, 7), batcher.now)
     batcher.hear("e1", Slot(0, 7))
     batcher.offer(ticket())
     assert batcher.decide() == [], "a slot is used once"
@@ -562,7 +563,7 @@ def test_the_slot_of_a_lost_batch_comes_back_and_the_work_is_done_again():
     batcher.hear("e1", S0)
     batcher.decide()
     assert [plea.demand.returned for plea in batcher.pleas] == [(S0,)]
-    batcher.policy.grant("e1", Slot(0, 1))
+    batcher.policy.grant("e1", Slot(0, 1), batcher.now)
     batcher.hear("e1", Slot(0, 1))
     (again,) = batcher.decide()
     assert (again.tickets, again.demand.returned) == ([one], ())
@@ -591,7 +592,7 @@ def test_a_batch_whose_result_was_lost_is_done_again():
     batcher.decide()
     (plea,) = batcher.pleas
     assert plea.demand.rows == 1, "it asks for another slot"
-    batcher.policy.grant("e1", Slot(0, 2))
+    batcher.policy.grant("e1", Slot(0, 2), batcher.now)
     (again,) = batcher.decide()
     assert again.tickets == [one]
     batcher.answer(again)
@@ -750,13 +751,40 @@ def test_waiting_work_asks_for_a_slot_and_keeps_asking():
     assert len(batcher.pleas) == 1
 
 
+def test_work_waits_for_an_executor_that_has_just_given_a_slot():
+    """Its heartbeat comes right behind the slot, and says what it serves: to refuse the work now would be hasty."""
+    batcher = one_executor(S0)
+    batcher.offer(*(ticket() for _ in range(9)))
+    (sent,) = batcher.decide()
+    batcher.policy.grant("e2", S0, batcher.now)
+    batcher.hear("e1", state="gone")
+    batcher.decide()
+    assert batcher.dropped() == []
+    batcher.hear("e2", S0, S1)
+    again, rest = batcher.decide()
+    assert (again.tickets, rest.rows) == (sent.tickets, 1)
+
+
+def test_work_does_not_wait_for_that_heartbeat_for_ever():
+    """The executor may have died in between."""
+    batcher = one_executor()
+    batcher.hear("e1", total=1)
+    batcher.offer(ticket())
+    batcher.policy.grant("e2", S0, batcher.now)
+    batcher.hear("e1", state="gone")
+    batcher.decide()
+    assert batcher.policy.wake_us(batcher.now) == LEASE_US
+    batcher.decide(LEASE_US)
+    assert [fault for _, fault in batcher.dropped()] == ["UNAVAILABLE"]
+
+
 def test_work_that_nobody_has_heard_of_asks_at_once():
     """The last question was answered with a slot, which is used up: to wait for the next one's time is to idle."""
     batcher = Batcher()
     batcher.hear("e1", total=1)
     batcher.offer(ticket())
     batcher.decide()
-    batcher.policy.grant("e1", S0)
+    batcher.policy.grant("e1", S0, batcher.now)
     (sent,) = batcher.decide()
     batcher.answer(sent)
     batcher.now += DEMAND_EVERY_US // 10
@@ -844,3 +872,74 @@ def test_new_weights_of_one_version_have_a_queue_of_their_own():
     batcher.hear("e1", S0, models=(new,), retiring=(MODEL,))
     (sent,) = batcher.decide()
     assert sent.model == new
+
+
+# Ageing and tenants
+
+
+def served_under_pressure(batcher: Batcher, rounds: int, **low: object) -> tuple[int, int]:
+    """Rows of class 1 and of class 128 that are sent while there is always more of class 1 than fits."""
+    urgent = less = 0
+    for at in range(rounds):
+        batcher.offer(
+            *(ticket(arrived_us=batcher.now, deadline_us=batcher.now + BUDGET_US, priority=1) for _ in "12345678")
+        )
+        (sent,) = batcher.decide()
+        urgent += sum(one.rows for one in sent.tickets if one.priority == 1)
+        less += sum(one.rows for one in sent.tickets if one.priority == 128)
+        batcher.answer(sent, grant=Slot(0, at + 1))
+        batcher.now += 10_000
+        batcher.hear("e1", Slot(0, at + 1), total=1)
+    return urgent, less
+
+
+@pytest.mark.parametrize(("ageing", "expected"), [(0.0, 0), (0.25, 40)])
+def test_less_urgent_work_gets_its_share_once_it_has_aged(ageing: float, expected: int):
+    """Strict priorities starve: without a share it would wait until its budget is gone."""
+    batcher = one_executor(S0, ageing=ageing, queue_rows=10_000, queue_bytes=100_000)
+    batcher.offer(*(ticket() for _ in range(100)))
+    batcher.now = BUDGET_US // 2
+    urgent, less = served_under_pressure(batcher, 20)
+    assert urgent + less == 160
+    assert abs(less - expected) <= 4
+
+
+def test_work_that_has_not_aged_waits_for_more_urgent_work():
+    """Priorities would mean little while there is time."""
+    batcher = one_executor(S0, ageing=0.25, queue_rows=10_000, queue_bytes=100_000)
+    batcher.offer(*(ticket() for _ in range(100)))
+    assert served_under_pressure(batcher, 20) == (160, 0)
+
+
+def test_a_tenant_that_overloads_the_queue_is_refused_before_others():
+    """One caller's flood would be everybody's outage."""
+    batcher = one_executor(S0, queue_rows=80)
+    batcher.offer(ticket(tenant="modest"), *(ticket(tenant="greedy") for _ in range(69)))
+    assert batcher.refuses(ticket(tenant="greedy")).fault is Fault.OVERLOADED
+    batcher.offer(*(ticket(tenant="modest") for _ in range(10)))
+    assert "queue is full" in batcher.refuses(ticket(tenant="modest")).detail
+
+
+def test_after_a_refusal_for_overload_more_are_expected_for_a_moment():
+    """Requests are then checked against the queue before their tensors are looked at; later that would cost twice."""
+    batcher = one_executor(S0, queue_rows=8)
+    assert not batcher.policy.overloaded(batcher.now)
+    batcher.offer(ticket(rows=8))
+    batcher.refuses(ticket())
+    assert batcher.policy.overloaded(batcher.now)
+    assert not batcher.policy.overloaded(batcher.now + 1_000_000)
+
+
+def test_a_tenant_alone_may_fill_the_queue():
+    """Room that nobody else wants is no use to anybody."""
+    batcher = one_executor(S0, queue_rows=80)
+    batcher.offer(*(ticket(tenant="only") for _ in range(80)))
+
+
+def test_the_predicted_wait_of_a_modest_tenant_does_not_count_the_others_backlog():
+    """It would be refused although its turn comes soon."""
+    batcher = one_executor(S0, queue_rows=10_000, queue_bytes=100_000)
+    batcher.teach(8, 8_000)
+    batcher.offer(*(ticket(tenant="greedy") for _ in range(794)))
+    assert batcher.refuses(ticket(tenant="greedy")).fault is Fault.OVERLOADED
+    batcher.offer(ticket(tenant="modest", deadline_us=100_000))

@@ -41,6 +41,7 @@ requests = st.builds(
     budget_us=micros,
     sent_us=micros,
     priority=st.integers(0, 255),
+    tenant=st.text(max_size=128),
     traceparent=st.text(max_size=128),
 )
 scored = st.builds(

@@ -1,5 +1,6 @@
 """What must hold between settings. Each rule gives the sentence that was broken and the keys that it is about."""
 
+import math
 import re
 from collections.abc import Iterator
 from pathlib import Path
@@ -43,6 +44,12 @@ def _batching(config: Config) -> Iterator[Broken]:
     if batch.default_budget_us > batch.max_budget_us:
         keys = ("batch.default_budget_us", "batch.max_budget_us")
         yield "the default budget must not be above the largest", keys
+    try:
+        sound = all(name and 0 < weight < math.inf for name, weight in batch.weights.items())
+    except ValueError:
+        sound = False
+    if not sound:
+        yield "weights of tenants are given as <name>=<number above 0>, separated by commas", ("batch.tenant_weights",)
     if batch.linger_us >= batch.default_budget_us:
         keys = ("batch.linger_us", "batch.default_budget_us")
         yield "a linger must be shorter than the default budget, or every lone request expires", keys

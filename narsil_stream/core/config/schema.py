@@ -294,6 +294,24 @@ class BatchConfig(Struct, frozen=True, forbid_unknown_fields=True):
             extra=LIVE,
         ),
     ] = 60_000_000
+    ageing_percent: Annotated[
+        int,
+        Meta(
+            ge=0,
+            le=100,
+            description="While more urgent requests wait: the share of the rows that goes to less urgent ones which "
+            "have waited for half of their budget, percent. 0: none, so that they may starve. Larger: urgent requests "
+            "wait longer.",
+        ),
+    ] = 10
+    tenant_weights: Annotated[
+        str,
+        Meta(
+            description="Shares of tenants when they compete, as <name>=<weight>, separated by commas. A tenant is the "
+            'name of a token, or what a request says where no token is needed. Who is not named has weight 1. "": all '
+            "are equal. Larger: more for that tenant, less for each other one.",
+        ),
+    ] = ""
     stale_grace_us: Annotated[
         int,
         Meta(
@@ -304,6 +322,15 @@ class BatchConfig(Struct, frozen=True, forbid_unknown_fields=True):
             extra=LIVE,
         ),
     ] = 2_000_000
+
+    @property
+    def weights(self) -> dict[str, float]:
+        """Of tenants, by name. Raises ValueError."""
+        weights: dict[str, float] = {}
+        for one in filter(None, map(str.strip, self.tenant_weights.split(","))):
+            name, _, weight = one.rpartition("=")
+            weights[name.strip()] = float(weight)
+        return weights
 
 
 class ExecutorConfig(Struct, frozen=True, forbid_unknown_fields=True):

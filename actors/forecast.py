@@ -1,0 +1,78 @@
+"""How long a request would wait, and whether it can still make it. Pure; times in monotonic µs."""
+
+from narsil_stream.actors.ageing import Ageing
+from narsil_stream.actors.flights import Executor, Fleet
+from narsil_stream.actors.queue import ModelKey, Queue, Ticket
+from narsil_stream.actors.service_time import Pace, ServiceTimes
+
+MARGIN = 1.25
+"""Of the predicted wait at admission: a queue that is filled up to the deadlines misses half of them."""
+
+
+class Forecast:
+    """Of one batcher, from what it measured."""
+
+    def __init__(self, executors: Fleet, queues: dict[ModelKey, Queue], ageing: Ageing) -> None:
+        self._executors = executors
+        self._queues = queues
+        self._ageing = ageing
+        self.times = ServiceTimes()
+        self.paces: dict[ModelKey, Pace] = {}
+
+    def cut(self, model: ModelKey, rows: int, waiting_since_us: int, now_us: int) -> None:
+        """A batch was taken out of a queue in which work waited since then."""
+        self.paces.setdefault(model, Pace()).cut(rows, waiting_since_us, now_us)
+
+    def forget(self, model: ModelKey) -> None:
+        self.paces.pop(model, None)
+        self.times.forget(model)
+
+    def late_by(self, ticket: Ticket, now_us: int) -> int:
+        """By how much the predicted answer misses the ticket's deadline; counts only what would be served before it.
+
+        Never late is who finds an executor with nothing to do: or one slow pass, once measured, would have every
+        request refused for good.
+        """
+        serving = self._executors.serving(ticket.model)
+        room_us = ticket.deadline_us - now_us - self.times.predict(ticket.model, ticket.rows)
+        queue = self._queues.get(ticket.model)
+        late_us = int(MARGIN * self._wait_us(serving, now_us)) - room_us
+        if late_us <= 0 and (queue is None or not queue.shared()):
+            return late_us
+        waiting = any(queue.count for queue in self._queues.values())
+        if not waiting and any(executor.free and not executor.flights for executor in serving):
+            return 0
+        wait_us = self._wait_us(serving, now_us, ticket)
+        aged_us = self._aged_wait_us(serving, ticket)
+        return int(MARGIN * (wait_us if aged_us is None else min(wait_us, aged_us))) - room_us
+
+    def wait_us(self, model: ModelKey, now_us: int) -> int:
+        """Predicted time until a ticket that comes last starts."""
+        return self._wait_us(self._executors.serving(model), now_us)
+
+    def _wait_us(self, serving: list[Executor], now_us: int, ticket: Ticket | None = None) -> int:
+        """Predicted time until `ticket`, or one behind all others, starts: what is before it, shared out."""
+        ahead_us = float(sum(executor.remaining_us(now_us) for executor in serving))
+        paced_us = 0.0
+        for model, queue in self._queues.items():
+            if queue.count and any(model in executor.models for executor in serving):
+                rows = queue.rows if ticket is None else queue.rows_ahead(ticket)
+                ahead_us += rows * self.times.us_per_row(model)
+                pace = self.paces.get(model)
+                if pace is not None and queue.since_us <= pace.cut_us:
+                    paced_us = max(paced_us, rows * pace.us_per_row)
+        return int(max(paced_us, ahead_us / max(1, len(serving))))
+
+    def _aged_wait_us(self, serving: list[Executor], ticket: Ticket) -> int | None:
+        """Predicted time until it starts if more urgent work never ends: it ages, and waits for its share of the rows.
+        None: nothing more urgent waits, or priorities are strict."""
+        share = self._ageing.share
+        queue = self._queues.get(ticket.model)
+        if not share or queue is None or not queue.lines or min(queue.lines) >= ticket.priority:
+            return None
+        pace = self.paces.get(ticket.model)
+        us_per_row = self.times.us_per_row(ticket.model) / max(1, len(serving))
+        if pace is not None and queue.since_us <= pace.cut_us:
+            us_per_row = max(us_per_row, pace.us_per_row)
+        half_us = (ticket.deadline_us - ticket.arrived_us) // 2
+        return half_us + int((queue.rows_aged_ahead(ticket) + ticket.rows) / share * us_per_row)
