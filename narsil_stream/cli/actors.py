@@ -133,9 +133,11 @@ async def _start_batcher(runtime: Runtime) -> None:
 async def _start_executor(runtime: Runtime) -> None:
     from narsil_stream.actors.executor import Executor
     from narsil_stream.kernels import families
+    from narsil_stream.kernels.noop import Pace
 
     config = runtime.config
-    loader, artifacts = families.loader(config.backend, config.precision), repository(config)
+    pace = Pace(config.executor.noop_us, config.executor.noop_row_us)
+    loader, artifacts = families.loader(config.backend, config.precision, pace), repository(config)
     await runtime.start(lambda: Executor(config, runtime.bus, artifacts, loader))
 
 
