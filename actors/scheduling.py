@@ -116,6 +116,8 @@ class Scheduler:
             return [], []
         executor.landed_us = now_us
         group = flight.group
+        if not flight.late:
+            self.times.landed(group.model, now_us - flight.sent_us)
         size = result.scores.nbytes
         if size == flight.rows * FLOAT_BYTES:
             self.times.observe(group.model, flight.rows, result.service_us)
@@ -199,7 +201,10 @@ class Scheduler:
         Never late is who finds an executor with nothing to do: or one slow pass, once measured, would have every
         request refused for good.
         """
-        room_us = ticket.deadline_us - now_us - self.times.predict(ticket.model, ticket.rows)
+        after_us = self.times.predict(ticket.model, ticket.rows)
+        if self.rows:  # it will be in a full batch, perhaps behind one of another batcher
+            after_us = max(after_us, self.times.flight(ticket.model))
+        room_us = ticket.deadline_us - now_us - after_us
         late_us = int(MARGIN * self._wait_us(serving, now_us)) - room_us
         if late_us <= 0:
             return late_us
@@ -211,14 +216,23 @@ class Scheduler:
         """Predicted time until `ticket`, or one behind all others, starts: what is before it, shared out."""
         ahead_us = float(sum(executor.remaining_us(now_us) for executor in serving))
         paced_us = 0.0
+        own, before = 0, 0
         for model, queue in self.queues.items():
             if queue.count and any(model in executor.models for executor in serving):
                 rows = queue.rows if ticket is None else queue.rows_ahead(ticket.priority, ticket.deadline_us)
+                own, before = own + queue.rows, before + rows
                 ahead_us += rows * self.times.us_per_row(model)
                 pace = self.paces.get(model)
                 if pace is not None and queue.since_us <= pace.cut_us:
                     paced_us = max(paced_us, rows * pace.us_per_row)
+        if rival_rows := max((executor.rival_rows for executor in serving), default=0):
+            # Executors go by deadlines, whichever batcher asks: of the rivals' rows, as large a part is served before.
+            ahead_us += rival_rows * (before / own if own else 1.0) * self._us_per_row(serving)
         return int(max(paced_us, ahead_us / max(1, len(serving))))
+
+    def _us_per_row(self, serving: list[Executor]) -> float:
+        """Of the models that these serve; which of them others wait for is not known."""
+        return max((self.times.us_per_row(model) for executor in serving for model in executor.models), default=0.0)
 
     # Endings
 
@@ -385,6 +399,7 @@ class Scheduler:
         predicted_us = self.times.predict(group.model, rows)
         patience_us = int(rules.failover_factor * (executor.remaining_us(now_us) + predicted_us))
         patience_us = max(patience_us, rules.failover_floor_us, 0 if predicted_us else rules.lease_us)
+        patience_us += executor.rival_slots * self.times.longest(group.model)
         slot = executor.spend()
         executor.flights[self._batches] = Flight(
             self._batches, group, slot, tickets, rows, now_us, predicted_us, now_us + patience_us
