@@ -20,7 +20,7 @@ POOL = 1 << 16
 class Sizes(Struct, frozen=True):
     """Rows of a request: log-normal, as candidate lists are; rounded and cut to 1 ... `most`."""
 
-    median: float = 6.0
+    median: float = 12.0
     sigma: float = 1.25
     most: int = 64
 

@@ -56,10 +56,13 @@ class Seen:
         """Connections that broke under a request."""
         return int(self.records["broken"].sum())
 
-    def goodput(self, seconds: float) -> tuple[float, float]:
-        """Requests and rows a second that were answered rightly inside their budget."""
-        good = self.records[self._good(self.records)]
-        return len(good) / seconds, float(good["rows"].sum()) / seconds
+    def goodput(self, length_s: float) -> tuple[float, float]:
+        """Requests and rows a second that were answered rightly inside their budget, once queues had time to fill and
+        until the load of this length ended: what is left in them then is no goodput."""
+        done_s = self.records["due_s"] + self.records["took_s"] - self.start_s
+        first_s = min(self._budget_s, length_s / 2)
+        good = self.records[self._good(self.records) & (done_s > first_s) & (done_s <= length_s)]
+        return len(good) / (length_s - first_s), float(good["rows"].sum()) / (length_s - first_s)
 
     def refusals_ms(self) -> NDArray[np.float64]:
         """How long callers waited for being refused, from when the request left the generator."""
