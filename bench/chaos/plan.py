@@ -61,6 +61,7 @@ class Row(Struct, frozen=True):
     result: str
     kept: bool
     details: list[str]
+    figures: dict[str, float] = {}
 
 
 class Table(Struct, frozen=True):

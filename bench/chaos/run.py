@@ -27,6 +27,8 @@ BASE, SPIKE = 0.6, 3.0
 """Load under which faults strike, as part of capacity; a spike is so many times it."""
 KILL_S = 60.0
 FREEZE_S = (3.0, 5.0, 4.0)
+FREEZE_LEAST = 0.3
+"""Length below which there would be no time to find out."""
 CALM = 0.4
 """Load under which processes are frozen: what is measured is the wait for them, not for a device."""
 SHARES = {"http": 0.4, "grpc": 0.3, "client": 0.3, "producer": 0.05}
@@ -46,10 +48,11 @@ def chaos(plan: Plan, show: Show, say: Callable[[str], None]) -> Table:
 
 def seconds(plan: Plan) -> float:
     """Of load, in all."""
-    rows = {str(part): length for part, length in LOAD_S.items()}
-    rows |= {"spike": sum(SPIKE_S), "kill": KILL_S, "kill-gateways": KILL_S}
-    rows |= dict.fromkeys(("freeze-batcher", "freeze-executor"), sum(FREEZE_S))
-    return plan.length * sum(rows[row] for row in plan.rows) + (0 if plan.capacity else CAPACITY_S)
+    rows = {str(part): plan.length * length for part, length in LOAD_S.items()}
+    rows |= {"spike": plan.length * sum(SPIKE_S), "kill": plan.length * KILL_S, "kill-gateways": plan.length * KILL_S}
+    frozen_s = max(plan.length, FREEZE_LEAST) * sum(FREEZE_S)
+    rows |= {"freeze-batcher": frozen_s, "freeze-executor": frozen_s}
+    return sum(rows[row] for row in plan.rows) + (0 if plan.capacity else CAPACITY_S)
 
 
 class Stage:
@@ -135,13 +138,15 @@ class Stage:
         if part <= 100:
             bar, missed = (0.001 if part < 100 else 0.003), seen.missed
             text = f"{100 - 100 * missed:.2f} % of {seen.admitted:,} admitted in time"
-            return [Row(what, f">= {100 - 100 * bar:g} % in time", text, answered and missed <= bar, details)]
+            kept = answered and missed <= bar
+            return [Row(what, f">= {100 - 100 * bar:g} % in time", text, kept, details, seen.figures())]
         best = [max(one[at] for one in self._goodput.values()) for at in (0, 1)]
         share = min(requests / best[0], rows / best[1])
         text = (
             f"{100 * share:.0f} % of the best goodput; {100 * seen.missed:.2f} % of {seen.admitted:,} admitted missed"
         )
-        load = Row(what, ">= 90 % of the best goodput at any load", text, answered and share >= 0.9, details)
+        kept = answered and share >= 0.9
+        load = Row(what, ">= 90 % of the best goodput at any load", text, kept, details, seen.figures())
         return [load, refusals(what, seen)]
 
     def _spike(self) -> Row:
@@ -169,6 +174,7 @@ class Stage:
                 f"p99 {1e3 * seen.tail_s(0.5, before):.0f} ms before, {1e3 * seen.tail_s(before, over_s):.0f} ms "
                 f"during, {1e3 * seen.tail_s(over_s + 1, over_s + after):.0f} ms from 1 s after it on",
             ],
+            seen.figures() | {"back_s": back_s},
         )
 
     # Faults
@@ -191,16 +197,16 @@ class Stage:
         if with_gateways:
             result += f"; {seen.broken} connections broken"
             kept = seen.wrong == seen.double == 0
-            return Row("the same with gateways killed too", "0 wrong, 0 double", result, kept, details)
+            return Row("the same with gateways killed too", "0 wrong, 0 double", result, kept, details, seen.figures())
         kept = unanswered == seen.wrong == seen.double == 0 and in_time >= 0.995
         return Row(
             f"kill -9 of a random batcher or executor each second for {length_s:g} s at {100 * BASE:.0f} % load",
-            "0 unanswered, 0 wrong, 0 double; >= 99.5 % in time", result, kept, details,
+            "0 unanswered, 0 wrong, 0 double; >= 99.5 % in time", result, kept, details, seen.figures(),
         )  # fmt: skip
 
     def _frozen(self, kind: str) -> Row:
         plan = self._plan
-        before, during, after = (plan.length * length for length in FREEZE_S)
+        before, during, after = (max(plan.length, FREEZE_LEAST) * length for length in FREEZE_S)
         monkey.wait_all_up(self._pipeline, plan.processes)
         victims = sorted(one.pid for one in monkey.up(self._pipeline) if one.kind == kind)
         victim = victims[plan.seed % len(victims)]
@@ -221,6 +227,7 @@ class Stage:
             f"the slowest took {seen.slowest_s:.2f} s; {seen.double} double after it woke up",
             clean and seen.slowest_s <= 1.0,
             [*told(seen, processors), f"p99 {held_ms:.0f} ms from 1 s after it froze until it woke up", lost(seen)],
+            seen.figures(),
         )
 
 

@@ -91,6 +91,19 @@ class Seen:
         took = np.where(part["end"] == SCORED, part["took_s"], np.inf)
         return percentile(took, 99)
 
+    def figures(self) -> dict[str, float]:
+        """Counts of requests, for machines."""
+        counts: dict[str, float] = {end.name.lower(): self.count(end) for end in End}
+        return counts | {
+            "wrong": self.wrong,
+            "double": self.double,
+            "admitted": self.admitted,
+            "in_time": self.in_time,
+            "broken_connections": self.broken,
+            "slowest_s": self.slowest_s,
+            "generator_late_p99_ms": self.late_ms,
+        }
+
     def ends(self) -> str:
         """For people: what is not right and in time, by how it ended."""
         counts = {end.name: self.count(end) for end in End if end is not SCORED}

@@ -38,7 +38,7 @@ def chaos(
     All real processes: broker, gateways, batchers, executors. Only the GPU is not: each executor takes a fixed, known
     time for a batch instead, so that what is seen is the scheduler. Requests of heavy-tailed sizes arrive at random
     over HTTP, gRPC and the Python client; each has its own answer, and a referee counts those that come late, twice,
-    wrong or never. Prints bar and result for each row of the table in docs/scheduling.md; about six minutes.
+    wrong or never. Prints bar and result for each row of the table in docs/scheduling.md; about five minutes.
 
     Exits 1 when a bar is missed.
 
