@@ -36,6 +36,7 @@ class Answer(NamedTuple):
 class Replies(NamedTuple):
     """Batcher -> gateway, in place of `Answers`."""
 
+    batcher: str
     answers: tuple[Answer, ...]
 
 

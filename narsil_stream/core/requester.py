@@ -222,9 +222,10 @@ class Requester:
 
     def _on_answers(self, message: Answers) -> None:
         for slot, answer in zip(message.slots, message.answers, strict=True):
-            pending = self._router.answered(slot)
+            pending = self._router.answered(slot, message.batcher, answer.fault)
             if pending is not None and not pending.future.done():
                 pending.future.set_result(answer)
+        self._send_soon()
 
     def _fail(self, pending: Pending, refused: Refused) -> None:
         """Tell the caller of a request that has ended."""
