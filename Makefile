@@ -25,7 +25,7 @@ endef
 
 MAKEFLAGS += --no-print-directory
 .DEFAULT_GOAL := help
-.PHONY: help setup serve test fuzz lint format clean distclean
+.PHONY: help setup serve test chaos fuzz lint format clean distclean
 
 help: ## List what make can do (this)
 	@sed -n 's/^\([a-z]*\):.*## \(.*\)/\1|\2/p' $(MAKEFILE_LIST) | while IFS='|' read -r name what; do \
@@ -38,6 +38,9 @@ serve: $(SERVE_VENV)/.complete ## Run the whole pipeline here; needs no GPU and 
 
 test: setup ## Run the tests, two at a time (options: make test ARGS='-k batch'; one at a time: ARGS='-n 0')
 	@.venv/bin/python -m pytest -n 2 --dist loadfile $(ARGS)
+
+chaos: setup ## Load, kill and freeze a whole system, about 5 minutes (options: make chaos ARGS='--json chaos.json')
+	@.venv/bin/narsil bench chaos $(ARGS)
 
 fuzz: setup ## Fuzz every decoder, FUZZ_SECONDS=60 each (options: make fuzz ARGS=http)
 	@FUZZ_SECONDS=$(FUZZ_SECONDS) .venv/bin/python -m tests.fuzz $(ARGS)

@@ -298,6 +298,7 @@ class Executor(Actor[Message]):
                 self._phase,
                 self._shelf.retiring_refs(),
                 tuple(sorted(self._shelf.unloaded)),
+                self._ledger.waiting(),
             ),
         )
 

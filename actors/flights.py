@@ -104,6 +104,10 @@ class Executor:
     """Rows that wait here, as it was told last."""
     landed_us: int = 0
     """When the last result came."""
+    rival_rows: int = 0
+    """Rows that wait for it at other batchers."""
+    rival_slots: int = 0
+    """Slots that other batchers hold: so many of their batches may be before one of ours."""
 
     def hear(self, beat: ExecutorBeat, batcher: str, now_us: int) -> list[Flight]:
         """Takes out and returns flights that have ended although no result came: their slot has moved on.
@@ -115,6 +119,8 @@ class Executor:
         self.models = self.offers | keys(beat.retiring)
         self.slots = beat.slots
         self.up = beat.state == "up"
+        self.rival_rows = sum(other.rows for other in beat.waiting if other.batcher != batcher)
+        self.rival_slots = sum(lease.batcher != batcher for lease in beat.leases)
         held = {lease.slot: lease.busy for lease in beat.leases if lease.batcher == batcher}
         idle = [slot for slot, busy in held.items() if not busy]
         self.free.clear()

@@ -34,12 +34,15 @@ class Forecast:
         request refused for good.
         """
         serving = self._executors.serving(ticket.model)
-        room_us = ticket.deadline_us - now_us - self.times.predict(ticket.model, ticket.rows)
+        waiting = any(queue.count for queue in self._queues.values())
+        after_us = self.times.predict(ticket.model, ticket.rows)
+        if waiting:  # it will be in a full batch, perhaps behind one of another batcher
+            after_us = max(after_us, self.times.flight(ticket.model))
+        room_us = ticket.deadline_us - now_us - after_us
         queue = self._queues.get(ticket.model)
         late_us = int(MARGIN * self._wait_us(serving, now_us)) - room_us
         if late_us <= 0 and (queue is None or not queue.shared()):
             return late_us
-        waiting = any(queue.count for queue in self._queues.values())
         if not waiting and any(executor.free and not executor.flights for executor in serving):
             return 0
         wait_us = self._wait_us(serving, now_us, ticket)
@@ -54,14 +57,23 @@ class Forecast:
         """Predicted time until `ticket`, or one behind all others, starts: what is before it, shared out."""
         ahead_us = float(sum(executor.remaining_us(now_us) for executor in serving))
         paced_us = 0.0
+        own, before = 0, 0
         for model, queue in self._queues.items():
             if queue.count and any(model in executor.models for executor in serving):
                 rows = queue.rows if ticket is None else queue.rows_ahead(ticket)
+                own, before = own + queue.rows, before + rows
                 ahead_us += rows * self.times.us_per_row(model)
                 pace = self.paces.get(model)
                 if pace is not None and queue.since_us <= pace.cut_us:
                     paced_us = max(paced_us, rows * pace.us_per_row)
+        if rival_rows := max((executor.rival_rows for executor in serving), default=0):
+            # Executors go by deadlines, whichever batcher asks: of the rivals' rows, as large a part is served before.
+            ahead_us += rival_rows * (before / own if own else 1.0) * self._us_per_row(serving)
         return int(max(paced_us, ahead_us / max(1, len(serving))))
+
+    def _us_per_row(self, serving: list[Executor]) -> float:
+        """Of the models that these serve; which of them others wait for is not known."""
+        return max((self.times.us_per_row(model) for executor in serving for model in executor.models), default=0.0)
 
     def _aged_wait_us(self, serving: list[Executor], ticket: Ticket) -> int | None:
         """Predicted time until it starts if more urgent work never ends: it ages, and waits for its share of the rows.

@@ -6,7 +6,7 @@ sends a batch that is turned away and sent again; no message has to arrive for t
 
 from dataclasses import dataclass
 
-from narsil_stream.schemas.internal import Batch, BatcherBeat, Demand, Grant, Lease, Slot
+from narsil_stream.schemas.internal import Batch, BatcherBeat, Demand, Grant, Lease, Slot, Waiting
 
 HOLD_US = 20_000
 """A batcher that said it has work and leaves its slot unused for so long has no use for it, or never heard of it."""
@@ -113,6 +113,10 @@ class Ledger:
 
     def leases(self) -> tuple[Lease, ...]:
         return tuple(Lease(p.holder, p.slot, p.busy) for p in self.places if p.holder)
+
+    def waiting(self) -> tuple[Waiting, ...]:
+        """Rows that wait, at each batcher that has some."""
+        return tuple(Waiting(name, batcher.rows) for name, batcher in self.batchers.items() if batcher.rows)
 
     def busy(self) -> int:
         return sum(place.busy for place in self.places)

@@ -46,9 +46,10 @@ class Child:
     def running(self) -> bool:
         return self.process is not None and self.process.returncode is None
 
-    async def start(self, given_up: Callable[["Child"], None]) -> None:
+    async def start(self, ended: Callable[["Child"], None], given_up: Callable[["Child"], None]) -> None:
+        """`ended` is called at each end that nobody asked for, before it is started again."""
         await self._spawn()
-        self._watch = asyncio.create_task(self._keep_alive(given_up), name=f"watch {self.label}")
+        self._watch = asyncio.create_task(self._keep_alive(ended, given_up), name=f"watch {self.label}")
 
     async def _spawn(self) -> None:
         """In a session of its own, so that Ctrl-C reaches the supervisor alone, which then drains in order.
@@ -63,11 +64,12 @@ class Child:
             *command, stdin=asyncio.subprocess.PIPE, env=self.environ, start_new_session=True
         )
 
-    async def _keep_alive(self, given_up: Callable[["Child"], None]) -> None:
+    async def _keep_alive(self, ended: Callable[["Child"], None], given_up: Callable[["Child"], None]) -> None:
         while self.process is not None:
             code = await self.process.wait()
             if self.stopping:
                 return
+            ended(self)
             self.restarts += 1
             if self.came_up:
                 self._backoff, self.came_up = Backoff(), False
@@ -75,10 +77,10 @@ class Child:
             if delay is None:
                 self.gave_up = True
                 why = "cannot work" if code == CANNOT_SUCCEED else "ended too often before it worked"
-                log.error("%s %s (it %s): giving up", self.label, why, ended(code))
+                log.error("%s %s (it %s): giving up", self.label, why, how(code))
                 given_up(self)
                 return
-            log.warning("%s %s; starting it again in %.1f s", self.label, ended(code), delay)
+            log.warning("%s %s; starting it again in %.1f s", self.label, how(code), delay)
             await asyncio.sleep(delay)
             try:
                 await self._spawn()
@@ -108,6 +110,6 @@ class Child:
                 os.killpg(self.process.pid, signal.SIGKILL)
 
 
-def ended(code: int) -> str:
+def how(code: int) -> str:
     """How a process ended, for people."""
     return f"was killed by {signal.Signals(-code).name}" if code < 0 else f"ended with status {code}"

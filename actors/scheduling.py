@@ -162,6 +162,8 @@ class Scheduler:
             return [], []
         executor.landed_us = now_us
         group = flight.group
+        if not flight.late:
+            self.forecast.times.landed(group.model, now_us - flight.sent_us)
         size = result.scores.nbytes
         if size == flight.rows * FLOAT_BYTES:
             self.forecast.times.observe(group.model, flight.rows, result.service_us)
@@ -315,6 +317,7 @@ class Scheduler:
         predicted_us = self.forecast.times.predict(group.model, rows)
         patience_us = int(rules.failover_factor * (executor.remaining_us(now_us) + predicted_us))
         patience_us = max(patience_us, rules.failover_floor_us, 0 if predicted_us else rules.lease_us)
+        patience_us += executor.rival_slots * self.forecast.times.longest(group.model)
         slot = executor.spend()
         executor.flights[self._batches] = Flight(
             self._batches, group, slot, tickets, rows, now_us, predicted_us, now_us + patience_us

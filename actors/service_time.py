@@ -32,6 +32,7 @@ class ServiceTimes:
 
     def __init__(self) -> None:
         self._curves: dict[ModelKey, Curve] = {}
+        self._flights: dict[ModelKey, float] = {}
 
     def observe(self, model: ModelKey, rows: int, service_us: int) -> None:
         self._curves.setdefault(model, Curve()).observe(rows, service_us)
@@ -41,8 +42,23 @@ class ServiceTimes:
         curve = self._curves.get(model)
         return curve.predict(rows) if curve else 0
 
+    def landed(self, model: ModelKey, flight_us: int) -> None:
+        """A batch came back so long after it was sent; the wait in front of the device is in that."""
+        mean_us = self._flights.get(model, float(flight_us))
+        self._flights[model] = mean_us + WEIGHT * (flight_us - mean_us)
+
+    def flight(self, model: ModelKey) -> int:
+        """Microseconds from sending a batch to its result, as batches are now; 0 while unknown."""
+        return int(self._flights.get(model, 0.0))
+
+    def longest(self, model: ModelKey) -> int:
+        """Microseconds that the largest batches take; 0 while nothing was measured."""
+        curve = self._curves.get(model)
+        return int(max(us for _, us in curve.means.values())) if curve else 0
+
     def forget(self, model: ModelKey) -> None:
         self._curves.pop(model, None)
+        self._flights.pop(model, None)
 
     def us_per_row(self, model: ModelKey) -> float:
         """At the most efficient batch size seen, which is what a backlog is served with; 0 while unknown."""

@@ -7,6 +7,7 @@ import signal
 import sys
 import time
 from collections.abc import Callable, Coroutine, Iterator
+from functools import partial
 from typing import Any
 
 import msgspec
@@ -21,7 +22,7 @@ from narsil_stream.core.ports import address, free_port
 from narsil_stream.core.requester import Requester
 from narsil_stream.schemas import subjects
 from narsil_stream.schemas.errors import Refused
-from narsil_stream.schemas.internal import ModelCard, Report
+from narsil_stream.schemas.internal import BatcherBeat, ExecutorBeat, ModelCard, Report
 
 log = logging.getLogger(__name__)
 
@@ -108,18 +109,18 @@ class Supervisor:
 
     async def _bring_up(self, bus: Bus) -> list[ModelCard]:
         """What is served, once every process is up. Raises `StartFailed`."""
-        await self._start_broker()
+        await self._start_broker(bus)
         await self._connect(bus)
         await bus.listen(subjects.REPORT, self._on_report, _decode_report)
-        await self._start_children()
+        await self._start_children(bus)
         return await self._all_ready(bus)
 
-    async def _start_broker(self) -> None:
+    async def _start_broker(self, bus: Bus) -> None:
         nats = self.config.nats
         if nats.url:
             return
         command = broker.tied(os.getpid(), *broker.command(self.config.data_dir, nats), "--log", os.devnull)
-        await self._start(Child("broker", "broker", command, dict(os.environ)))
+        await self._start(Child("broker", "broker", command, dict(os.environ)), bus)
         if not await broker.wait_listening(nats.host, nats.port, 10.0):
             raise StartFailed(f"the broker did not start to listen on {address(nats.host, nats.port)} within 10 s")
 
@@ -129,7 +130,7 @@ class Supervisor:
         except Refused as refused:
             raise StartFailed(refused.detail) from None
 
-    async def _start_children(self) -> None:
+    async def _start_children(self, bus: Bus) -> None:
         config, environ = self.config, child_environ(self.config, os.environ)
         parts: list[tuple[str, str, int, list[str]]] = [
             ("executor", "executor", config.executor.executors, []),
@@ -144,11 +145,11 @@ class Supervisor:
             for number in range(1, count + 1):
                 label = name if count == 1 else f"{name} {number}"
                 command = [sys.executable, "-m", "narsil_stream.cli", kind, *options, *share]
-                await self._start(Child(label, kind, command, environ, reports=True))
+                await self._start(Child(label, kind, command, environ, reports=True), bus)
 
-    async def _start(self, child: Child) -> None:
+    async def _start(self, child: Child, bus: Bus) -> None:
         self.children.append(child)
-        await child.start(self._given_up)
+        await child.start(partial(self._say_goodbye, bus), self._given_up)
 
     async def _all_ready(self, bus: Bus) -> list[ModelCard]:
         requester = Requester(self.config, bus)
@@ -197,6 +198,14 @@ class Supervisor:
     def _all_reports(self) -> list[Report]:
         alive = {child.token for child in self.children if child.running}
         return [report for token, of in list(self.reports.items()) if token in alive for report, _ in list(of.values())]
+
+    def _say_goodbye(self, bus: Bus, child: Child) -> None:
+        """For actors that cannot any more: their open work goes elsewhere at once, not a lease later."""
+        for report, _ in self.reports.pop(child.token, {}).values():
+            if report.kind == "batcher":
+                bus.broadcast(subjects.BATCHER_BEAT, BatcherBeat(report.actor, (), 0, state="gone"))
+            elif report.kind == "executor":
+                bus.broadcast(subjects.EXECUTOR_BEAT, ExecutorBeat(report.actor, (), 0, (), state="gone"))
 
     # Stop
 

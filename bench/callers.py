@@ -98,7 +98,7 @@ class _Connection(asyncio.Protocol):
             if end < 0:
                 return
             self._body_at = end + 4
-            length = _content_length(buffer[:end])
+            length = content_length(buffer[:end])
             if length < 0:
                 self._transport.abort()
                 return
@@ -129,7 +129,7 @@ def http_request(one: Question) -> bytes:
     return f"POST {one.path} HTTP/1.1\r\n{lines}\r\n".encode() + one.body
 
 
-def _content_length(head: bytes) -> int:
+def content_length(head: bytes) -> int:
     """-1 where it is not said: no server under test answers so, except with errors."""
     at = head.lower().find(b"\r\ncontent-length:")
     if at < 0:

@@ -175,7 +175,7 @@ class Generator:
         due = first + np.cumsum(gaps)
         start, at = first + load.warm_s, 0
         loop, turn = asyncio.get_running_loop(), asyncio.Event()
-        clock = threading.Thread(target=_tick, args=(due, lambda: loop.call_soon_threadsafe(turn.set)), daemon=True)
+        clock = threading.Thread(target=tick, args=(due, lambda: loop.call_soon_threadsafe(turn.set)), daemon=True)
         clock.start()
         while at < len(due):
             await turn.wait()
@@ -233,7 +233,7 @@ def _nothing() -> None:
     pass
 
 
-def _tick(due: NDArray[np.float64], wake: Callable[[], object]) -> None:
+def tick(due: NDArray[np.float64], wake: Callable[[], object]) -> None:
     """The event loop's own timers are a millisecond coarse; a thread's sleep is not."""
     at = 0
     while at < len(due):

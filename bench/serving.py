@@ -12,6 +12,7 @@ import signal
 import subprocess
 import sys
 import time
+import urllib.error
 import urllib.request
 from collections.abc import Iterator, Sequence
 from pathlib import Path
@@ -67,7 +68,12 @@ class Pipeline(NamedTuple):
     http: int
     grpc: int
     pids: dict[str, list[int]]
-    """By kind of actor."""
+    """By kind of actor, at the start."""
+    metrics: int
+
+    def actors(self) -> list[dict[str, Any]]:
+        """What `narsil serve` says now of each process."""
+        return health(self.metrics)
 
     def port(self, transport: str) -> int:
         return {"http": self.http, "grpc": self.grpc, "nats": self.broker.port}[transport]
@@ -104,22 +110,29 @@ def pipeline(folder: Path, model: Path, *options: str) -> Iterator[Pipeline]:
             (metrics,) = patiently(
                 "narsil serve", lambda: _found(log, r"http://\S+:(\d+)/metrics"), running, log, READY_S
             )
-            with urllib.request.urlopen(f"http://{HOST}:{metrics}/health", timeout=READY_S) as response:
-                actors = json.load(response)["actors"]
-            yield _described(broker_, actors)
+            yield _described(broker_, int(metrics))
 
 
-def _described(broker_: Broker, actors: list[dict[str, Any]]) -> Pipeline:
+def health(port: int) -> list[dict[str, Any]]:
+    """The processes of a `narsil serve` and how they are, by its metrics port."""
+    try:
+        with urllib.request.urlopen(f"http://{HOST}:{port}/health", timeout=READY_S) as response:
+            return list(json.load(response)["actors"])
+    except urllib.error.HTTPError as error:  # 503: one of them is down
+        return list(json.load(error)["actors"])
+
+
+def _described(broker_: Broker, metrics: int) -> Pipeline:
     doors = {"http": 0, "grpc": 0}
     pids: dict[str, list[int]] = {"broker": [broker_.pid]}
-    for row in actors:
+    for row in health(metrics):
         kind = row["kind"]
         if door := re.match(r"(http|grpc)://[^,]*:(\d+)", row["detail"]):
             doors[door[1]] = int(door[2])
             kind = f"{door[1]} gateway"
         if row["pid"]:
             pids.setdefault(kind, []).append(row["pid"])
-    return Pipeline(broker_, doors["http"], doors["grpc"], pids)
+    return Pipeline(broker_, doors["http"], doors["grpc"], pids, metrics)
 
 
 def cpu_s(pid: int) -> float:

@@ -7,7 +7,7 @@ from functools import partial
 from pathlib import Path
 from typing import NamedTuple
 
-from narsil_stream.kernels import native, torch_family
+from narsil_stream.kernels import native, noop, torch_family
 from narsil_stream.kernels.artifact import read_spec
 from narsil_stream.kernels.backend import Backend, Loader, Unfit
 from narsil_stream.schemas.model import DcnV2, ModelSpec
@@ -29,9 +29,9 @@ class Choice(NamedTuple):
     """For logs: why this one."""
 
 
-def choose(backend: str, precision: str, spec: ModelSpec, lanes: int = 0) -> Choice:
+def choose(backend: str, precision: str, spec: ModelSpec, lanes: int = 0, pace: noop.Pace = noop.AT_ONCE) -> Choice:
     """`backend`: a family's name or "auto"; `precision`: fp32, bf16, fp16, int8 or "auto"; `spec`: what will be loaded;
-    `lanes`: batches at once, of a family that can; 0: as many as it likes best.
+    `lanes`: batches at once, of a family that can; 0: as many as it likes best; `pace`: of the backend noop.
 
     int8 asks for INT8 rows, with the fastest arithmetic of the family that stays within 2e-3 of the reference on them:
     fp16 on a GPU, fp32 on a CPU. Raises Unfit.
@@ -42,16 +42,18 @@ def choose(backend: str, precision: str, spec: ModelSpec, lanes: int = 0) -> Cho
         raise Unfit(f"no precision is called {precision!r}; there are: auto, {', '.join(PRECISIONS)}")
     if precision == "int8":
         _need_int8_rows(spec)
+    if backend == NOOP:
+        return _noop(pace)
     if backend != "auto":
         return _BUILD[backend](precision, lanes, "as configured")
     return _fastest(precision, lanes, spec)
 
 
-def loader(backend: str, precision: str, lanes: int = 0) -> Loader:
+def loader(backend: str, precision: str, lanes: int = 0, pace: noop.Pace = noop.AT_ONCE) -> Loader:
     """Loads each model with the family that is right for it, and logs which one and why."""
 
     def load(artifact: Path) -> Backend:
-        choice = choose(backend, precision, read_spec(artifact), lanes)
+        choice = choose(backend, precision, read_spec(artifact), lanes, pace)
         loaded = choice.load(artifact)
         computed = loaded.info.precision
         asked = "" if precision in ("auto", computed) else f"; {precision} was asked for"
@@ -121,13 +123,13 @@ def _reference(precision: str, _: int, reason: str) -> Choice:
     return Choice("reference", reference.load, reason)
 
 
-def _noop(_precision: str, _: int, reason: str) -> Choice:
-    from narsil_stream.kernels import noop
+def _noop(pace: noop.Pace) -> Choice:
+    stands_in = "" if pace == noop.AT_ONCE else f"; {pace}"
+    why = f"as configured: scores mean nothing, for benchmarks only{stands_in}"
+    return Choice(NOOP, partial(noop.load, pace=pace), why)
 
-    return Choice(NOOP, noop.load, f"{reason}: scores mean nothing, for benchmarks only")
 
-
-_BUILD = {"native": _native, "torch": _torch, "reference": _reference, NOOP: _noop}
+_BUILD = {"native": _native, "torch": _torch, "reference": _reference}
 
 
 def _cause(error: Unfit) -> str:

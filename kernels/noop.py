@@ -1,8 +1,13 @@
-"""A family that computes nothing, so that a benchmark measures the way of a request and not a model."""
+"""A family that computes nothing, so that a benchmark measures the way of a request and not a model.
 
+With a `Pace` it stands in for a device: each batch takes a known time.
+"""
+
+import time
 from pathlib import Path
 
 import numpy as np
+from msgspec import Struct
 from numpy.typing import NDArray
 
 from narsil_stream.kernels.artifact import read_spec
@@ -13,9 +18,25 @@ from narsil_stream.schemas.model import ModelSpec
 SCORES = 1024
 
 
-def load(artifact: Path) -> Backend:
+class Pace(Struct, frozen=True):
+    """What a batch takes, in µs: as long as a device would be busy with it, the processor is free."""
+
+    batch_us: int = 0
+    row_us: int = 0
+
+    def seconds(self, rows: int) -> float:
+        return (self.batch_us + rows * self.row_us) / 1e6
+
+    def __str__(self) -> str:
+        return f"stands in for a device: {self.batch_us} us a batch, {self.row_us} us a row"
+
+
+AT_ONCE = Pace()
+
+
+def load(artifact: Path, pace: Pace = AT_ONCE) -> Backend:
     """Reads what the model takes, not its weights."""
-    return Noop(read_spec(artifact))
+    return Noop(read_spec(artifact), pace)
 
 
 class Noop:
@@ -24,8 +45,9 @@ class Noop:
     A row without ids gets 0.
     """
 
-    def __init__(self, spec: ModelSpec) -> None:
+    def __init__(self, spec: ModelSpec, pace: Pace = AT_ONCE) -> None:
         self._spec = spec
+        self._pace = pace
 
     @property
     def spec(self) -> ModelSpec:
@@ -33,7 +55,7 @@ class Noop:
 
     @property
     def info(self) -> BackendInfo:
-        return BackendInfo(name="noop", device="cpu", precision="none")
+        return BackendInfo("noop", "cpu" if self._pace == AT_ONCE else f"nothing: {self._pace}", precision="none")
 
     @property
     def capabilities(self) -> Capabilities:
@@ -50,7 +72,10 @@ class Noop:
         return np.empty(rows, np.float32)
 
     def run(self, batch: RaggedBatch, scores: NDArray[np.float32]) -> None:
+        end = time.perf_counter() + self._pace.seconds(batch.rows)
         np.multiply(_first(batch, self._spec.n_sparse) % SCORES, np.float32(1 / SCORES), out=scores)
+        if self._pace != AT_ONCE:
+            time.sleep(max(0.0, end - time.perf_counter()))
 
     def unload(self) -> None:
         pass

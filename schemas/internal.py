@@ -135,6 +135,11 @@ class Lease(Struct, array_like=True, frozen=True, gc=False):
     busy: bool
 
 
+class Waiting(Struct, array_like=True, frozen=True, gc=False):
+    batcher: str
+    rows: int
+
+
 class ExecutorBeat(Struct, array_like=True, frozen=True, gc=False, tag=8):
     """Executor -> all batchers, several times within a lease: alive, and who holds which slot."""
 
@@ -148,6 +153,8 @@ class ExecutorBeat(Struct, array_like=True, frozen=True, gc=False, tag=8):
     """Models beside `models` that are on their way out: only what was admitted before is still computed."""
     unloaded: tuple[str, ...] = ()
     """Names of models that somebody unloaded: an executor that joins leaves them out."""
+    waiting: tuple[Waiting, ...] = ()
+    """Rows that wait for this executor, at each batcher that has some."""
 
 
 class BatcherBeat(Struct, array_like=True, frozen=True, gc=False, tag=9):

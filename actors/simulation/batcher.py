@@ -65,7 +65,7 @@ class Batcher(Actor):
         if self._replies:
             replies, self._replies = self._replies, defaultdict(list)
             for reply, answers in replies.items():
-                self.world.send(self, reply, Replies(tuple(answers)))
+                self.world.send(self, reply, Replies(self.name, tuple(answers)))
         if now >= self.beat_due_us:
             self.beat_due_us = now + self.world.beat_us
             self._beat(now)

@@ -72,7 +72,10 @@ class Executor(Actor):
         self.wake()
 
     def _beat(self) -> None:
-        beat = ExecutorBeat(self.name, self.models, len(self.ledger.places), self.ledger.leases(), self.phase)
+        ledger = self.ledger
+        beat = ExecutorBeat(
+            self.name, self.models, len(ledger.places), ledger.leases(), self.phase, waiting=ledger.waiting()
+        )
         self.world.broadcast(self, self.world.batchers, beat)
 
     def _accept(self, batch: Batch) -> None:

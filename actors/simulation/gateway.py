@@ -85,7 +85,7 @@ class Gateway(Actor):
     def receive(self, message: Message) -> bool:
         if isinstance(message, Replies):
             for answer in message.answers:
-                request = self.router.answered(answer.slot)
+                request = self.router.answered(answer.slot, message.batcher, answer.fault)
                 if request is None:
                     self.world.tally["decision", "gateway: answer to nobody"] += 1
                 else:

@@ -37,6 +37,7 @@ class Answer(NamedTuple):
 class Replies(NamedTuple):
     """Batcher -> gateway, in place of `Answers`."""
 
+    batcher: str
     answers: tuple[Answer, ...]
 
 

@@ -133,9 +133,11 @@ async def _start_batcher(runtime: Runtime) -> None:
 async def _start_executor(runtime: Runtime) -> None:
     from narsil_stream.actors.executor import Executor
     from narsil_stream.kernels import families
+    from narsil_stream.kernels.noop import Pace
 
     config = runtime.config
-    loader = families.loader(config.backend, config.precision, config.executor.lanes)
+    pace = Pace(config.executor.noop_us, config.executor.noop_row_us)
+    loader = families.loader(config.backend, config.precision, config.executor.lanes, pace)
     artifacts = repository(config)
     await runtime.start(lambda: Executor(config, runtime.bus, artifacts, loader))
 

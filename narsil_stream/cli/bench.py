@@ -4,7 +4,7 @@ from pathlib import Path
 
 import rich_click as click
 
-from narsil_stream.cli import bench_serving
+from narsil_stream.cli import bench_chaos, bench_serving
 
 _file = click.Path(path_type=Path, dir_okay=False)
 
@@ -17,7 +17,7 @@ def bench() -> None:
     """
 
 
-for _command in bench_serving.COMMANDS:
+for _command in (*bench_serving.COMMANDS, bench_chaos.chaos):
     bench.add_command(_command)
 
 

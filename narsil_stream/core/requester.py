@@ -7,6 +7,7 @@ event loop to one batcher leave in one message.
 import asyncio
 import contextlib
 import logging
+from collections import defaultdict
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 
@@ -90,9 +91,13 @@ class Requester:
         self._checks = asyncio.get_running_loop().call_later(self._check_every, self._check_peers)
 
     async def stop(self) -> None:
-        """Whoever still waits gets UNAVAILABLE."""
+        """Whoever still waits gets UNAVAILABLE; batchers hear that nobody waits for their answers."""
+        left: defaultdict[str, list[int]] = defaultdict(list)
         for pending in self._router.end_all():
+            left[pending.batcher].append(pending.slot)
             self._fail(pending, Refused(Fault.UNAVAILABLE, "this process is stopping", 1_000))
+        for batcher, slots in left.items():
+            self._cancel(batcher, slots)
         for timer in (self._timer, self._checks):
             if timer is not None:
                 timer.cancel()
@@ -236,7 +241,7 @@ class Requester:
     def _on_answers(self, message: Answers) -> None:
         now = now_us()
         for slot, answer in zip(message.slots, message.answers, strict=True):
-            pending = self._router.answered(slot)
+            pending = self._router.answered(slot, message.batcher, answer.fault)
             if pending is None:
                 continue
             if answer.fault == OVERLOADED:
@@ -245,6 +250,7 @@ class Requester:
                 pending.flow.accepted(now)
             if not pending.future.done():
                 pending.future.set_result(answer)
+        self._send_soon()
 
     def _fail(self, pending: Pending, refused: Refused) -> None:
         """Tell the caller of a request that has ended."""
@@ -256,10 +262,12 @@ class Requester:
             self._fail(pending, refused)
 
     def _withdraw(self, pending: Pending) -> None:
-        if not self._router.end(pending):
-            return
+        if self._router.end(pending):
+            self._cancel(pending.batcher, [pending.slot])
+
+    def _cancel(self, batcher: str, slots: list[int]) -> None:
         try:
-            self._bus.send(subjects.ask(pending.batcher), Cancel(self._inbox, (pending.slot,)))
+            self._bus.send(subjects.ask(batcher), Cancel(self._inbox, tuple(slots)))
         except Refused:
             log.debug("a cancel was not sent: the batcher will find out by the deadline")
 

@@ -127,11 +127,17 @@ class Router(Generic[P]):
 
     # Ends
 
-    def answered(self, slot: int) -> P | None:
-        """An answer came. Returns whose it is, if anybody still waits for it."""
+    def answered(self, slot: int, batcher: str, fault: str = "") -> P | None:
+        """An answer came. Returns whose it is, if anybody still waits for it and nobody can give a better one.
+
+        Scores count from whomever; an error only from the batcher that has the request now. Where one batcher cannot
+        serve it and another one can, that one is asked.
+        """
         pending = self.pending.get(slot)
-        if pending is None:
+        if pending is None or (fault and pending.batcher != batcher):
             self.late += 1
+            return None
+        if fault == Fault.UNAVAILABLE.name and self._elsewhere(pending):
             return None
         self.end(pending)
         return pending
@@ -223,6 +229,17 @@ class Router(Generic[P]):
             raise Refused(Fault.UNAVAILABLE, "batchers were lost with this request", 1_000)
         self._assign(pending)
         self.resent += 1
+
+    def _elsewhere(self, pending: P) -> bool:
+        """Whether it goes to another batcher that serves its model."""
+        others = (peer for peer in self.alive() if peer.id != pending.batcher)
+        serving = any(peer.serves(pending.model, pending.version) for peer in others)
+        if not serving or pending.sends >= MAX_SENDS or pending.left():
+            return False
+        if pending.batcher in self.peers:
+            self.peers[pending.batcher].open.discard(pending.slot)
+        self._again(pending)
+        return True
 
     def _assign(self, pending: P) -> None:
         """Choose a batcher and put the request into this turn's message to it. Raises `Refused`."""

@@ -9,7 +9,7 @@ from narsil_stream.actors.decisions import Decision, Dispatch, Drop, Plead, Rule
 from narsil_stream.actors.queue import ModelKey, Ticket
 from narsil_stream.actors.scheduling import Scheduler
 from narsil_stream.schemas.errors import Refused
-from narsil_stream.schemas.internal import ExecutorBeat, Lease, ModelRef, Result, Slot
+from narsil_stream.schemas.internal import ExecutorBeat, Lease, ModelRef, Result, Slot, Waiting
 
 MODEL = ModelKey("m", "1", "digest")
 OTHER = ModelKey("n", "1", "digest")
@@ -59,11 +59,15 @@ class Batcher:
         state: str = "up",
         models: tuple[ModelKey, ...] = (MODEL,),
         retiring: tuple[ModelKey, ...] = (),
+        rival_rows: int = 0,
+        rival_slots: Iterable[Slot] = (),
     ) -> None:
-        """A beat of an executor that leases `slots`, and `busy` ones, to this batcher."""
+        """A beat of an executor that leases `slots`, and `busy` ones, to this batcher, and others to a rival."""
         leases = [*(Lease("b", slot, False) for slot in slots), *(Lease("b", slot, True) for slot in busy)]
+        leases += [Lease("rival", slot, True) for slot in rival_slots]
+        waiting = (Waiting("rival", rival_rows), Waiting("b", self.policy.rows))
         refs, going = (tuple(ModelRef(*key) for key in keys) for keys in (models, retiring))
-        beat = ExecutorBeat(executor, refs, total, tuple(leases), state, going)
+        beat = ExecutorBeat(executor, refs, total, tuple(leases), state, going, waiting=waiting)
         self._sort(self.policy.beat(beat, self.now))
 
     def offer(self, *tickets: Ticket) -> tuple[Ticket, ...]:

@@ -223,6 +223,22 @@ def test_a_cancelled_request_is_withdrawn_from_its_batcher(play: Play) -> None:
     play(1, scene)
 
 
+def test_a_client_that_closes_takes_its_requests_with_it(play: Play) -> None:
+    """What it leaves behind would be computed for nobody, in the place of somebody."""
+
+    async def scene(on: Stage) -> None:
+        asked = [on.ask() for _ in range(3)]
+        puppet = await on.taken()
+        await until(lambda: len(puppet.asked) == 3)
+        await on.requester.stop()
+        await until(lambda: sorted(puppet.cancelled) == sorted(ask.slot for _, ask in puppet.asked))
+        for one in asked:
+            with pytest.raises(Refused):
+                await one
+
+    play(1, scene)
+
+
 def test_an_answer_that_does_not_come_is_deadline_exceeded_within_100_ms_of_the_budget(play: Play) -> None:
     """Even when the batcher is alive and says nothing."""
 

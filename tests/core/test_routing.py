@@ -72,9 +72,50 @@ def test_the_first_answer_counts_and_others_are_late():
     """A request that was sent twice is answered twice."""
     asker = router("b1")
     one = ask(asker)
-    assert asker.answered(one.slot) is one
-    assert asker.answered(one.slot) is None
+    assert asker.answered(one.slot, "b1") is one
+    assert asker.answered(one.slot, "b1") is None
     assert asker.late == 1
+
+
+def test_an_error_of_a_batcher_that_was_given_up_does_not_end_a_request():
+    """Cut off, it takes all executors for dead, and says so to everybody once it is heard again."""
+    asker = router("b1", "b2")
+    one = ask(asker)
+    first = one.batcher
+    asker.lose(first)
+    hear(asker, first)
+    assert asker.answered(one.slot, first, "UNAVAILABLE") is None
+    assert asker.answered(one.slot, one.batcher, "OVERLOADED") is one
+
+
+def test_scores_of_a_batcher_that_was_given_up_are_as_good_as_any():
+    """It was only slow; its answer saves the wait for the other one's."""
+    asker = router("b1", "b2")
+    one = ask(asker)
+    first = one.batcher
+    asker.lose(first)
+    assert asker.answered(one.slot, first) is one
+
+
+def test_what_one_batcher_cannot_serve_and_another_can_is_asked_there():
+    """It may be the only one that does not hear the executors."""
+    asker = router("b1", "b2")
+    one = ask(asker)
+    (first,) = sent(asker)
+    assert asker.answered(one.slot, first, "UNAVAILABLE") is None
+    assert sent(asker) == {one.batcher: [one.slot]} != {first: [one.slot]}
+    assert asker.peers[first].open == set()
+    for _ in range(MAX_SENDS - 2):
+        assert asker.answered(one.slot, one.batcher, "UNAVAILABLE") is None
+    assert asker.answered(one.slot, one.batcher, "UNAVAILABLE") is one, "not for ever"
+
+
+def test_what_no_other_batcher_serves_is_unavailable_at_once():
+    """Asking around would only take time."""
+    asker = router("b1")
+    one = ask(asker)
+    asker.beat(BatcherBeat("b2", (), 0, lease_ms=LEASE_MS), 0)
+    assert asker.answered(one.slot, "b1", "UNAVAILABLE") is one
 
 
 def test_a_request_without_an_answer_ends_after_its_budget_and_the_grace():

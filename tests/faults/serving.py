@@ -7,6 +7,8 @@ import signal
 import subprocess
 import urllib.error
 import urllib.request
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, Self
 
@@ -124,3 +126,15 @@ def alive(pid: int) -> bool:
         return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] != "Z"
     except (FileNotFoundError, ProcessLookupError):
         return False
+
+
+@contextmanager
+def actor(kind: str, folder: Path, *options: str | Path) -> Iterator[subprocess.Popen[bytes]]:
+    """`narsil KIND` beside a running system, its output in KIND.log; killed at the end unless the test stopped it."""
+    with (folder / f"{kind}.log").open("wb") as log:
+        process = narsil(kind, *options, stdout=log, stderr=log, stdin=subprocess.DEVNULL)
+    try:
+        yield process
+    finally:
+        process.kill()
+        process.wait()

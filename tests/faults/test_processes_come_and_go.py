@@ -5,32 +5,17 @@ import os
 import re
 import signal
 import socket
-import subprocess
-from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
 
 from tests.asking import metric, some_rows
-from tests.faults.serving import Serve, alive, ready
+from tests.faults.serving import Serve, actor, alive, ready
 from tests.faults.traffic import Traffic
 from tests.gateways.calling import GrpcCaller, close, infer_message
 from tests.support import PATIENCE_S, invoke, narsil, until
 
 MANY = 1_000
-
-
-@contextmanager
-def actor(kind: str, folder: Path, *options: str | Path) -> Iterator[subprocess.Popen[bytes]]:
-    """`narsil KIND` beside a running system; stopped at the end if the test has not done it."""
-    with (folder / f"{kind}.log").open("wb") as log:
-        process = narsil(kind, *options, stdout=log, stderr=log, stdin=subprocess.DEVNULL)
-    try:
-        yield process
-    finally:
-        process.kill()
-        process.wait()
 
 
 @pytest.mark.parametrize("kind", ["batcher", "executor"])

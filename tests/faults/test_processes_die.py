@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from tests.faults.serving import Serve
-from tests.faults.traffic import Traffic
+from tests.faults.traffic import BUDGET_S, Traffic
 from tests.support import until
 
 MANY = 1_000
@@ -39,6 +39,23 @@ def test_a_batcher_killed_under_load_loses_no_request_of_gateways_and_clients(
                 traffic.answered(MANY)
                 until(lambda: len(serve.pids("batcher")) == 2 and serve.health()["healthy"], "a new batcher")
         assert not traffic.bad, traffic.ended
+
+
+@pytest.mark.parametrize("kind", ["batcher", "executor"])
+def test_a_killed_process_is_known_to_be_gone_long_before_its_lease_is_over(
+    criteo_model: Path, tmp_path: Path, kind: str
+) -> None:
+    """Who waits for a dead one waits for a lease: for most of a budget. `narsil serve` sees it end, and says so."""
+    lease = ["--timing-lease-ms", "60000", "--timing-failover-floor-ms", "60000"]
+    with Serve(criteo_model, tmp_path, "--batch-batchers", "2", "--executor-executors", "2", *lease) as serve:
+        with Traffic(criteo_model, http=serve.http_port, nats=serve.nats_url) as traffic:
+            for _ in range(3):
+                traffic.answered(MANY)
+                os.kill(serve.pids(kind)[0], signal.SIGKILL)
+                traffic.answered(MANY)
+                until(lambda: len(serve.pids(kind)) == 2 and serve.health()["healthy"], f"a new {kind}")
+        assert not traffic.bad, traffic.ended
+        assert traffic.slowest_s < BUDGET_S / 2
 
 
 @pytest.mark.parametrize("kind", ["batcher", "executor"])

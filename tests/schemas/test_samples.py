@@ -39,6 +39,7 @@ from narsil_stream.schemas.internal import (
     ToBatcher,
     ToExecutor,
     ToRepository,
+    Waiting,
 )
 from narsil_stream.schemas.model import DlrmDot, ModelSpec, Preprocessing, Table
 from narsil_stream.schemas.oip import (
@@ -200,6 +201,13 @@ def between_actors() -> dict[str, Sample]:
                 ),
                 "executor-beat-control": ExecutorBeat(
                     executor="executor-1", models=(), slots=2, leases=(), retiring=(REF,), unloaded=("dlrm", "old")
+                ),
+                "executor-beat-waiting": ExecutorBeat(
+                    executor="executor-1",
+                    models=(REF,),
+                    slots=2,
+                    leases=(),
+                    waiting=(Waiting("batcher-1", 64), Waiting("batcher-2", 2**40)),
                 ),
             },
             BatcherBeat: {

@@ -368,6 +368,23 @@ class ExecutorConfig(Struct, frozen=True, forbid_unknown_fields=True):
             "executor.executors. Larger: less left for batchers and gateways on the same host.",
         ),
     ] = 0
+    noop_us: Annotated[
+        int,
+        Meta(
+            ge=0,
+            le=60_000_000,
+            description="Backend noop only, for load tests: it stands in for a device that takes so long for each "
+            "batch, µs ...",
+        ),
+    ] = 0
+    noop_row_us: Annotated[
+        int,
+        Meta(
+            ge=0,
+            le=1_000_000,
+            description="... and so long for each row of it, µs.",
+        ),
+    ] = 0
 
 
 class TimingConfig(Struct, frozen=True, forbid_unknown_fields=True):
