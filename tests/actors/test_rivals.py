@@ -62,4 +62,4 @@ def test_the_wait_in_front_of_the_device_counts_once_requests_wait():
     batcher.answer(sent, service_us=1_000)
     batcher.offer(ticket(rows=1, arrived_us=40_000, deadline_us=60_000))
     assert batcher.refuses(ticket(rows=1, arrived_us=40_000, deadline_us=60_000)).fault is Fault.OVERLOADED
-    assert batcher.policy.times.flight(MODEL) == 40_000
+    assert batcher.policy.forecast.times.flight(MODEL) == 40_000
