@@ -15,30 +15,32 @@ from narsil_stream.schemas.errors import Fault, Refused
 from narsil_stream.schemas.wire import InferRequest
 
 DEFAULT_PRIORITY = 128
+PREFIX = len(f"{subjects.INFER}.")
 JSON_BYTES = 4 << 20
 """Of one request: reading it must not hold up the event loop for as long as a failover takes."""
 
 
-class Work(Struct, frozen=True):
+class Work(Struct, frozen=True, gc=False):
     """What a ticket stands for."""
 
     rows: Rows
     caller: Caller
 
 
-class Published(Struct, frozen=True):
+class Published(Struct, frozen=True, gc=False):
     """A request on a public subject, as it came."""
 
     subject: str
     reply: str
     payload: bytes
 
-    def caller(self) -> Caller:
-        return Caller(self.reply, -1, "", codec.spelling_of(self.payload))
+    def caller(self, request: str = "") -> Caller:
+        """`request`: its id, once it is read."""
+        return Caller(self.reply, -1, request, codec.spelling_of(self.payload))
 
     def target(self) -> tuple[str, str]:
         """Model and version; "": the newest."""
-        model, _, version = self.subject.removeprefix(f"{subjects.INFER}.").partition(".")
+        model, _, version = self.subject[PREFIX:].partition(".")
         return model, version
 
     def read(self) -> InferRequest:
@@ -66,7 +68,7 @@ class Reception:
         budget_us = min(request.budget_us or limits.default_budget_us, limits.max_budget_us)
         self._refuse_stale(request, budget_us)
         key, admission = self._catalogue.find(model, version, self._policy.executors.values())
-        rows = admission.rows(request)
+        rows = admission.shaped(request)
         if rows.count > limits.max_rows:
             raise Refused(Fault.TOO_LARGE, f"input 'dense' has {rows.count} rows; expected at most {limits.max_rows}")
         if held > 2 * rows.nbytes + 512:

@@ -86,25 +86,33 @@ def batcher(loaded: Loaded, token: str) -> None:
 @click.command()
 @config_options(
     *MODELS,
+    "mode",
     "backend",
     "precision",
     "nats",
+    "batch",
     "executor",
     "timing",
     "metrics",
-    "batch.max_rows",
     "data_dir",
     "insecure",
     doors=("metrics",),
 )
+@click.option("--with-batcher", is_flag=True, help="Run a batcher in the same process: it hands over its batches.")
 @parent
-def executor(loaded: Loaded, token: str) -> None:
+def executor(loaded: Loaded, with_batcher: bool, token: str) -> None:
     """Run an executor: it loads models and computes batches.
 
-    Example: narsil executor --nats-url nats://broker:4222 --model models/ctr
+    Example: narsil executor --nats-url nats://broker:4222 --model models/ctr --with-batcher
     """
     _limit_threads(loaded.config.executor)
-    _run(loaded, "executor", _start_executor, token)
+
+    async def start(runtime: Runtime) -> None:
+        await _start_executor(runtime)
+        if with_batcher:
+            await _start_batcher(runtime)
+
+    _run(loaded, "executor", start, token)
 
 
 def doors_of(config: Config) -> tuple[str, ...]:
