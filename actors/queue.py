@@ -7,6 +7,8 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
+from msgspec import Struct
+
 STEP = 11
 """Deadlines are counted in steps of 2**11 µs, which is as exact as a predicted wait has to be."""
 
@@ -25,8 +27,7 @@ class State(enum.Enum):
     DONE = "done"
 
 
-@dataclass(slots=True, eq=False)
-class Ticket:
+class Ticket(Struct, eq=False, gc=False):
     """One admitted request, as the policy sees it. What to score and whom to answer is `payload`, which it ignores."""
 
     id: int

@@ -63,26 +63,24 @@ class Reception:
 
     def ticket(self, caller: Caller, model: str, version: str, request: InferRequest, held: int) -> Ticket:
         """`held`: bytes of the message that views of its tensors keep in memory. Raises `Refused`."""
-        limits = self._limits
-        now = now_us()
+        limits, now = self._limits, now_us()
         budget_us = min(request.budget_us or limits.default_budget_us, limits.max_budget_us)
-        self._refuse_stale(request, budget_us)
+        if request.sent_us:
+            self._refuse_stale(unix_us() - request.sent_us, budget_us)
         key, admission = self._catalogue.find(model, version, self._policy.executors.values())
         rows = admission.shaped(request)
         if rows.count > limits.max_rows:
             raise Refused(Fault.TOO_LARGE, f"input 'dense' has {rows.count} rows; expected at most {limits.max_rows}")
-        if held > 2 * rows.nbytes + 512:
+        size = rows.nbytes
+        if held > 2 * size + 512:
             rows = rows.copied()  # views would keep a message alive that is much larger than what is accounted for
         self._tickets += 1
         return Ticket(
-            self._tickets, key, rows.count, rows.nbytes, request.priority or DEFAULT_PRIORITY, now, now + budget_us,
+            self._tickets, key, rows.count, size, request.priority or DEFAULT_PRIORITY, now, now + budget_us,
             Work(rows, caller),
         )  # fmt: skip
 
-    def _refuse_stale(self, request: InferRequest, budget_us: int) -> None:
-        if not request.sent_us:
-            return
-        age_us = unix_us() - request.sent_us
+    def _refuse_stale(self, age_us: int, budget_us: int) -> None:
         if age_us < 0:
             self._metrics.early.inc()
         refuse_stale(age_us, budget_us, self._limits.stale_grace_us)

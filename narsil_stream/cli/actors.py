@@ -16,6 +16,7 @@ from narsil_stream.cli.options import config_options
 from narsil_stream.core import logs
 from narsil_stream.core.config import Config, ExecutorConfig, Loaded
 from narsil_stream.core.exposition import MetricsServer
+from narsil_stream.core.memory import keep_freed_memory
 from narsil_stream.core.ports import PortTaken, free_port
 from narsil_stream.core.runtime import Runtime
 from narsil_stream.schemas.errors import Refused
@@ -204,6 +205,7 @@ def _run(loaded: Loaded, role: str, start: Start, token: str) -> None:
     """Run actors until they are told to stop. What keeps them from starting is one message and an exit status."""
     config = loaded.config
     logs.setup(config.log_level, config.log_format, role)
+    keep_freed_memory()
     own_metrics = not token and loaded.source("metrics.port") != "default"
 
     async def life() -> int:

@@ -51,6 +51,7 @@ class Admission:
 
     def __init__(self, spec: ModelSpec) -> None:
         self.spec = spec
+        self._n_dense, self._n_sparse = spec.n_dense, spec.n_sparse
         tables = [table.rows for table in spec.tables]
         self._smallest = min(tables)
         # Ids are compared as unsigned numbers, of which the negative ones are the largest: one comparison, both ends.
@@ -68,6 +69,27 @@ class Admission:
 
     def shaped(self, request: InferRequest) -> Rows:
         """Rows of the right shapes; their values are checked unless `checked` is False. Raises as `rows`."""
+        return self._plain(request) or self._any(request)
+
+    def _plain(self, request: InferRequest) -> Rows | None:
+        """What nearly all requests are: one-hot in INT32, in this order. None for others, and for what is wrong."""
+        if len(request.inputs) != 2:
+            return None
+        dense, sparse = request.inputs
+        if dense.name != "dense" or dense.dtype != "FP32" or sparse.name != "sparse" or sparse.dtype != "INT32":
+            return None
+        count = len(sparse.data) // (4 * self._n_sparse)
+        if (
+            not count
+            or dense.shape != (count, self._n_dense)
+            or sparse.shape != (count, self._n_sparse)
+            or len(dense.data) != 4 * count * self._n_dense
+            or len(sparse.data) != 4 * count * self._n_sparse
+        ):
+            return None
+        return Rows(count, dense.data, sparse.data, None, False)
+
+    def _any(self, request: InferRequest) -> Rows:
         inputs = _by_name(request)
         dense = inputs["dense"]
         count = self._count(dense)
@@ -85,13 +107,13 @@ class Admission:
 
     def sound(self, dense: bytearray, ids: bytearray) -> bool:
         """Whether `check` would pass for each of the one-hot requests that were joined to these."""
-        fits = np.frombuffer(ids, np.uint32).reshape(-1, self.spec.n_sparse) < self._limits["INT32"]
+        fits = np.frombuffer(ids, np.uint32).reshape(-1, self._n_sparse) < self._limits["INT32"]
         return _all(np.isfinite(np.frombuffer(dense, np.float32))) and _all(fits)
 
     def _count(self, dense: Tensor) -> int:
         """The number of rows."""
         _expect_type(dense, DENSE_TYPES)
-        shape, width = dense.shape, self.spec.n_dense
+        shape, width = dense.shape, self._n_dense
         if len(shape) != 2 or shape[1] != width:
             raise invalid(f"input 'dense' has shape {list(shape)}; expected [rows, {width}]")
         count = shape[0]
@@ -112,7 +134,7 @@ class Admission:
         _expect_type(tensor, ID_TYPES)
         self._expect_shape(tensor, count)
         if tensor.dtype == "INT32":
-            _expect_bytes(tensor, 4 * count * self.spec.n_sparse)
+            _expect_bytes(tensor, 4 * count * self._n_sparse)
             return tensor.data
         ids = array(tensor)
         self._check_ids(ids)  # now: INT32 would hide what is wrong with them
