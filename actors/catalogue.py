@@ -113,7 +113,7 @@ class Catalogue:
         key = next(served, keys[0] if keys else None)
         if key is not None:
             return key, self._entries[key].admission
-        if not executors or any(ref.digest not in self._cards for refs in self._offered.values() for ref in refs):
+        if not executors or any(_key(ref) not in self._entries for refs in self._offered.values() for ref in refs):
             raise Refused(Fault.UNAVAILABLE, "no executor is alive", 500_000)
         known = sorted({(key.name, key.version) for keys in self._versions.values() for key in keys})
         names = ", ".join(f"'{name}' version {of}" for name, of in known) or "none"

@@ -1,7 +1,7 @@
 """How a process that is fed with messages holds its memory."""
 
-import ctypes
 import contextlib
+import ctypes
 
 M_TRIM_THRESHOLD, M_MMAP_THRESHOLD = -1, -3
 """Of glibc's `mallopt`."""
