@@ -7,8 +7,8 @@ import asyncio
 import contextlib
 import logging
 import time
-from collections.abc import Callable, Iterable
-from itertools import accumulate
+from collections.abc import Iterable
+from operator import attrgetter
 
 import msgspec
 import numpy as np
@@ -32,7 +32,6 @@ from narsil_stream.core.config import Config
 from narsil_stream.schemas import subjects
 from narsil_stream.schemas.errors import Fault, Refused
 from narsil_stream.schemas.internal import (
-    Ask,
     Asking,
     Batch,
     BatcherBeat,
@@ -54,6 +53,7 @@ MAILBOX = 65_536
 _decode = msgspec.msgpack.Decoder(ToBatcher).decode
 _decode_asking = msgspec.msgpack.Decoder(Asking).decode
 _decode_beat = msgspec.msgpack.Decoder(ExecutorBeat).decode
+_parts = attrgetter("slot", "model", "version", "request")
 
 
 class Hello(Struct, frozen=True):
@@ -199,8 +199,7 @@ class Batcher(Actor[Message]):
     def receive(self, message: Message) -> None:
         match message:
             case Bundle():
-                for ask in message.asks:
-                    self._admit_ask(message.reply, ask)
+                self._admit_bundle(message)
             case Published():
                 self._admit_published(message)
             case Result():
@@ -257,41 +256,53 @@ class Batcher(Actor[Message]):
 
     # Admission
 
-    def _admit_ask(self, reply: str, ask: Ask) -> None:
-        caller = Caller(reply, ask.slot, ask.request.id)
-        self._admit(caller, ask.model, ask.version, lambda: ask.request, 0)
+    def _admit_bundle(self, bundle: Bundle) -> None:
+        self._offered(len(bundle.asks))
+        for slot, model, version, request in map(_parts, bundle.asks):
+            self._admit(Caller(bundle.reply, slot, request.id), model, version, request, 0)
 
     def _admit_published(self, message: Published) -> None:
-        self._admit(message.caller(), *message.target(), message.read, len(message.payload))
+        self._offered(1)
+        model, version = message.target()
+        try:
+            request = message.read()
+        except Refused as refused:
+            self._turn_down(message.caller(), model, version, refused)
+        except Exception:
+            self._unreadable(message.caller(), model, version)
+        else:
+            self._admit(message.caller(request.id), model, version, request, len(message.payload))
 
-    def _admit(self, caller: Caller, model: str, version: str, read: Callable[[], InferRequest], held: int) -> None:
+    def _offered(self, count: int) -> None:
+        self._metrics.requests.offered.inc(count)
+        self._stats.num_requests += count
+
+    def _admit(self, caller: Caller, model: str, version: str, request: InferRequest, held: int) -> None:
         """`held`: bytes of the message that views of its tensors keep in memory."""
-        self._metrics.requests.offered.inc()
-        self._stats.num_requests += 1
-        tenant = ""
         try:
             if self._phase == "gone":
                 raise Refused(Fault.UNAVAILABLE, "the batcher is stopping", 1_000)
-            request = read()
-            tenant = request.tenant
-            caller = msgspec.structs.replace(caller, id=request.id)
             ticket = self._reception.ticket(caller, model, version, request, held)
-            self.policy.offer(ticket, now_us())
-            if tenant:
-                self._metrics.tenants.admitted(tenant, ticket.rows)
+            self.policy.offer(ticket, ticket.arrived_us)
+            if request.tenant:
+                self._metrics.tenants.admitted(request.tenant, ticket.rows)
         except Refused as refused:
-            if tenant and refused.fault is Fault.OVERLOADED:
-                self._metrics.tenants.refused(tenant)
-            self._count_refused(model, version)
-            self._refuse(caller, refused)
-            return
+            if request.tenant and refused.fault is Fault.OVERLOADED:
+                self._metrics.tenants.refused(request.tenant)
+            self._turn_down(caller, model, version, refused)
         except Exception:
-            log.exception("a request could not be read")
-            self._count_refused(model, version)
-            self._refuse(caller, Refused(Fault.INTERNAL, "the request could not be read"))
-            return
-        if caller.slot >= 0:
-            self._open[caller.reply, caller.slot] = ticket
+            self._unreadable(caller, model, version)
+        else:
+            if caller.slot >= 0:
+                self._open[caller.reply, caller.slot] = ticket
+
+    def _unreadable(self, caller: Caller, model: str, version: str) -> None:
+        log.exception("a request could not be read")
+        self._turn_down(caller, model, version, Refused(Fault.INTERNAL, "the request could not be read"))
+
+    def _turn_down(self, caller: Caller, model: str, version: str, refused: Refused) -> None:
+        self._count_refused(model, version)
+        self._refuse(caller, refused)
 
     def _count_refused(self, model: str, version: str) -> None:
         """Against the model that was meant, if there is such a one."""
@@ -330,9 +341,9 @@ class Batcher(Actor[Message]):
                         self._bus.send(subjects.executor(decision.executor), decision.demand)
 
     def _dispatch(self, decision: Dispatch) -> None:
-        now = now_us()
+        now, waited = now_us(), self._metrics.queue_wait.observe
         for ticket in decision.tickets:
-            self._metrics.queue_wait.observe((now - ticket.arrived_us) / 1e6)
+            waited((now - ticket.arrived_us) / 1e6)
         self._metrics.batch_rows.observe(decision.rows)
         self._metrics.batch_fill.observe(decision.rows / self.policy.rules.max_rows)
         if decision.again:
@@ -346,7 +357,11 @@ class Batcher(Actor[Message]):
 
     def _joined_batch(self, decision: Dispatch) -> Batch:
         started = time.perf_counter_ns()
-        batch = join(self.name, decision, self._catalogue.spec(decision.model))
+        batch, unsound = join(self.name, decision, self._catalogue.admission(decision.model))
+        for ticket, refused in unsound:
+            self.policy.cancel(ticket)
+            self._counts.failed(ticket.model, now_us() - ticket.arrived_us)
+            self._refuse(self._close(ticket), refused)
         flight = self.policy.executors.flight(decision.executor, decision.batch)
         if flight is not None:
             flight.joined_ns = time.perf_counter_ns() - started
@@ -364,26 +379,27 @@ class Batcher(Actor[Message]):
     def _score(self, flight: Flight, tickets: list[Ticket], result: Result) -> None:
         """`tickets` in the order of the batch's rows; those that ended meanwhile are passed over."""
         started = time.perf_counter_ns()
-        scores = result.scores
+        scores, (model, version, _) = result.scores, flight.group.model
         finite = np.isfinite(np.frombuffer(scores, np.float32))
         sound = bool(finite.all())
-        now = now_us()
-        starts = accumulate((ticket.rows for ticket in tickets), initial=0)
-        answered = []
-        for ticket, start in zip(tickets, starts, strict=False):
+        now, answered = now_us(), []
+        counted, answer = self._metrics.requests.answered, self._answering.answer
+        end = 0
+        for ticket in tickets:
+            start, end = end, end + ticket.rows
             if ticket.state is State.DONE:
                 continue
             ticket.state = State.DONE
             caller = self._close(ticket)
             took_us = now - ticket.arrived_us
-            if not (sound or finite[start : start + ticket.rows].all()):
+            if not (sound or finite[start:end].all()):
                 self._fail(ticket, caller, took_us, "the model gave a score that is not a number")
                 continue
-            self._metrics.requests.answered(ticket.rows, took_us / 1e6)
-            self._stats.processing_time += took_us * 1_000
-            output = Tensor("scores", "FP32", (ticket.rows,), scores[4 * start : 4 * (start + ticket.rows)])
-            self._answering.answer(caller, InferAnswer(caller.id, (output,), ticket.model.name, ticket.model.version))
+            counted(ticket.rows, took_us / 1e6)
+            output = Tensor("scores", "FP32", (ticket.rows,), scores[FLOAT_BYTES * start : FLOAT_BYTES * end])
+            answer(caller, InferAnswer(caller.id, (output,), model, version))
             answered.append(ticket)
+        self._stats.processing_time += 1_000 * sum(now - ticket.arrived_us for ticket in answered)
         split_ns = time.perf_counter_ns() - started
         self._counts.computed(flight, answered, result.service_us, split_ns, now, unix_us() // 1_000)
 

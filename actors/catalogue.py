@@ -16,7 +16,6 @@ from narsil_stream.schemas import subjects
 from narsil_stream.schemas.codec import UNDECODABLE
 from narsil_stream.schemas.errors import Fault, Refused
 from narsil_stream.schemas.internal import ExecutorBeat, ModelCard, ModelRef
-from narsil_stream.schemas.model import ModelSpec
 
 log = logging.getLogger(__name__)
 
@@ -55,6 +54,8 @@ class Catalogue:
         """In the order in which they became known."""
         self._versions: dict[str, list[ModelKey]] = {}
         """Of each model that is not withdrawn, the newest version first."""
+        self._found: dict[tuple[str, str], tuple[ModelKey, Admission]] = {}
+        """What `find` said since somebody was last heard, or the fleet was last looked through."""
         self.withdrawn: set[ModelKey] = set()
         """No executor offers them any more, on purpose; requests may still wait for them."""
         self._asking: dict[str, asyncio.Task[None]] = {}
@@ -63,6 +64,7 @@ class Catalogue:
 
     def known_only(self, beat: ExecutorBeat) -> ExecutorBeat:
         """The beat with those models alone that can be served; unknown ones are asked for."""
+        self._found.clear()
         if beat.state == "gone":
             self._offered.pop(beat.executor, None)
             return beat
@@ -84,7 +86,8 @@ class Catalogue:
             self._cards[card.digest] = card
 
     def keep(self, executors: Collection[str]) -> None:
-        """Forget the offers of executors that are not heard any more."""
+        """Forget the offers of executors that are not heard any more. To be called once in each turn."""
+        self._found.clear()
         if len(self._offered) > len(executors):
             self._offered = {name: refs for name, refs in self._offered.items() if name in executors}
 
@@ -99,20 +102,26 @@ class Catalogue:
 
     def find(self, model: str, version: str, executors: Collection[Serving]) -> tuple[ModelKey, Admission]:
         """The newest version that is served now, unless one is named. Raises `Refused` NOT_FOUND or UNAVAILABLE."""
+        found = self._found.get((model, version))
+        if found is None:
+            found = self._found[model, version] = self._look_up(model, version, executors)
+        return found
+
+    def _look_up(self, model: str, version: str, executors: Collection[Serving]) -> tuple[ModelKey, Admission]:
         keys = [key for key in self._versions.get(model, ()) if version in ("", key.version)]
         served = (key for key in keys if any(e.up and key in e.offers for e in executors))
         key = next(served, keys[0] if keys else None)
         if key is not None:
             return key, self._entries[key].admission
-        if not executors or any(ref.digest not in self._cards for refs in self._offered.values() for ref in refs):
+        if not executors or any(_key(ref) not in self._entries for refs in self._offered.values() for ref in refs):
             raise Refused(Fault.UNAVAILABLE, "no executor is alive", 500_000)
         known = sorted({(key.name, key.version) for keys in self._versions.values() for key in keys})
         names = ", ".join(f"'{name}' version {of}" for name, of in known) or "none"
         wanted = f"'{model}'" + (f" version '{version}'" if version else "")
         raise Refused(Fault.NOT_FOUND, f"model {wanted} is not served here; served: {names}")
 
-    def spec(self, key: ModelKey) -> ModelSpec:
-        return self._entries[key].card.spec
+    def admission(self, key: ModelKey) -> Admission:
+        return self._entries[key].admission
 
     def served(self, executors: Iterable[Serving]) -> tuple[ModelRef, ...]:
         """What some live executor offers now; of each model the newest version last."""

@@ -15,30 +15,32 @@ from narsil_stream.schemas.errors import Fault, Refused
 from narsil_stream.schemas.wire import InferRequest
 
 DEFAULT_PRIORITY = 128
+PREFIX = len(f"{subjects.INFER}.")
 JSON_BYTES = 4 << 20
 """Of one request: reading it must not hold up the event loop for as long as a failover takes."""
 
 
-class Work(Struct, frozen=True):
+class Work(Struct, frozen=True, gc=False):
     """What a ticket stands for."""
 
     rows: Rows
     caller: Caller
 
 
-class Published(Struct, frozen=True):
+class Published(Struct, frozen=True, gc=False):
     """A request on a public subject, as it came."""
 
     subject: str
     reply: str
     payload: bytes
 
-    def caller(self) -> Caller:
-        return Caller(self.reply, -1, "", codec.spelling_of(self.payload))
+    def caller(self, request: str = "") -> Caller:
+        """`request`: its id, once it is read."""
+        return Caller(self.reply, -1, request, codec.spelling_of(self.payload))
 
     def target(self) -> tuple[str, str]:
         """Model and version; "": the newest."""
-        model, _, version = self.subject.removeprefix(f"{subjects.INFER}.").partition(".")
+        model, _, version = self.subject[PREFIX:].partition(".")
         return model, version
 
     def read(self) -> InferRequest:
@@ -61,21 +63,22 @@ class Reception:
 
     def ticket(self, caller: Caller, model: str, version: str, request: InferRequest, held: int) -> Ticket:
         """`held`: bytes of the message that views of its tensors keep in memory. Raises `Refused`."""
-        limits = self.limits
-        now = now_us()
+        limits, now = self.limits, now_us()
         budget_us = min(request.budget_us or limits.default_budget_us, limits.max_budget_us)
-        self._refuse_stale(request, budget_us)
+        if request.sent_us:
+            self._refuse_stale(unix_us() - request.sent_us, budget_us)
         key, admission = self._catalogue.find(model, version, self._policy.executors.values())
         if self._policy.overloaded(now):
             self._refuse_early(key, request, now, budget_us)
-        rows = admission.rows(request)
+        rows = admission.shaped(request)
         if rows.count > limits.max_rows:
             raise Refused(Fault.TOO_LARGE, f"input 'dense' has {rows.count} rows; expected at most {limits.max_rows}")
-        if held > 2 * rows.nbytes + 512:
+        size = rows.nbytes
+        if held > 2 * size + 512:
             rows = rows.copied()  # views would keep a message alive that is much larger than what is accounted for
         self._tickets += 1
         return Ticket(
-            self._tickets, key, rows.count, rows.nbytes, request.priority or DEFAULT_PRIORITY, now, now + budget_us,
+            self._tickets, key, rows.count, size, request.priority or DEFAULT_PRIORITY, now, now + budget_us,
             Work(rows, caller), tenant=request.tenant,
         )  # fmt: skip
 
@@ -91,10 +94,7 @@ class Reception:
             if refused.fault is Fault.OVERLOADED:
                 raise
 
-    def _refuse_stale(self, request: InferRequest, budget_us: int) -> None:
-        if not request.sent_us:
-            return
-        age_us = unix_us() - request.sent_us
+    def _refuse_stale(self, age_us: int, budget_us: int) -> None:
         if age_us < 0:
             self._metrics.early.inc()
         refuse_stale(age_us, budget_us, self.limits.stale_grace_us)

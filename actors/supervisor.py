@@ -132,9 +132,12 @@ class Supervisor:
 
     async def _start_children(self, bus: Bus) -> None:
         config, environ = self.config, child_environ(self.config, os.environ)
+        executors, batchers = config.executor.executors, config.batch.batchers
+        pairs = min(executors, batchers) if config.placement == "together" else 0
         parts: list[tuple[str, str, int, list[str]]] = [
-            ("executor", "executor", config.executor.executors, []),
-            ("batcher", "batcher", config.batch.batchers, []),
+            ("executor with batcher", "executor", pairs, ["--with-batcher"]),
+            ("executor", "executor", executors - pairs, []),
+            ("batcher", "batcher", batchers - pairs, []),
             ("http gateway", "gateway", config.http.processes, ["--door", "http"]),
             ("grpc gateway", "gateway", config.grpc.processes, ["--door", "grpc"]),
         ]

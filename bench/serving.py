@@ -79,8 +79,20 @@ class Pipeline(NamedTuple):
         return {"http": self.http, "grpc": self.grpc, "nats": self.broker.port}[transport]
 
     @property
+    def processes(self) -> dict[str, list[int]]:
+        """By what lives in them, e.g. "executor + batcher"."""
+        kinds: dict[int, list[str]] = {}
+        for kind, pids in self.pids.items():
+            for pid in pids:
+                kinds.setdefault(pid, []).append(kind)
+        found: dict[str, list[int]] = {}
+        for pid, of in kinds.items():
+            found.setdefault(" + ".join(dict.fromkeys(of)), []).append(pid)
+        return found
+
+    @property
     def placement(self) -> str:
-        return ", ".join(f"{len(pids)} {kind}" for kind, pids in self.pids.items())
+        return ", ".join(f"{len(pids)} {what}" for what, pids in self.processes.items())
 
 
 @contextlib.contextmanager

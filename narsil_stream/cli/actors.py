@@ -16,6 +16,7 @@ from narsil_stream.cli.options import config_options
 from narsil_stream.core import logs
 from narsil_stream.core.config import Config, ExecutorConfig, Loaded
 from narsil_stream.core.exposition import MetricsServer
+from narsil_stream.core.memory import keep_freed_memory
 from narsil_stream.core.ports import PortTaken, free_port
 from narsil_stream.core.runtime import Runtime
 from narsil_stream.schemas.errors import Refused
@@ -86,25 +87,33 @@ def batcher(loaded: Loaded, token: str) -> None:
 @click.command()
 @config_options(
     *MODELS,
+    "mode",
     "backend",
     "precision",
     "nats",
+    "batch",
     "executor",
     "timing",
     "metrics",
-    "batch.max_rows",
     "data_dir",
     "insecure",
     doors=("metrics",),
 )
+@click.option("--with-batcher", is_flag=True, help="Run a batcher in the same process: it hands over its batches.")
 @parent
-def executor(loaded: Loaded, token: str) -> None:
+def executor(loaded: Loaded, with_batcher: bool, token: str) -> None:
     """Run an executor: it loads models and computes batches.
 
-    Example: narsil executor --nats-url nats://broker:4222 --model models/ctr
+    Example: narsil executor --nats-url nats://broker:4222 --model models/ctr --with-batcher
     """
     _limit_threads(loaded.config.executor)
-    _run(loaded, "executor", _start_executor, token)
+
+    async def start(runtime: Runtime) -> None:
+        await _start_executor(runtime)
+        if with_batcher:
+            await _start_batcher(runtime)
+
+    _run(loaded, "executor", start, token)
 
 
 def doors_of(config: Config) -> tuple[str, ...]:
@@ -199,6 +208,7 @@ def _run(loaded: Loaded, role: str, start: Start, token: str) -> None:
     """Run actors until they are told to stop. What keeps them from starting is one message and an exit status."""
     config = loaded.config
     logs.setup(config.log_level, config.log_format, role)
+    keep_freed_memory()
     own_metrics = not token and loaded.source("metrics.port") != "default"
 
     async def life() -> int:

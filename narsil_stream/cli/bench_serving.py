@@ -223,9 +223,9 @@ def peers(
 @click.command()
 @measurement(("nats",))
 def broker(plan: "Plan", say: Callable[[str], None], *, quick: bool) -> "Report":
-    """NATS producers through the pipeline beside a bare nats-py echo of the same bytes; processor time of each process.
+    """What a request costs each process of the pipeline in processor time; beside a bare echo of the same bytes.
 
-    Example: narsil bench broker --quick
+    Example: narsil bench broker --quick; NARSIL_PLACEMENT=apart narsil bench broker --ways nats,http --rows 100
     """
     from narsil_stream.bench.broker import broker as bench
 

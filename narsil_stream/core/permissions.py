@@ -127,7 +127,11 @@ ROLES = {
     "gateway": Role(GATEWAY, "HTTP and gRPC gateways: `narsil gateway`"),
     "batcher": Role(BATCHER, "`narsil batcher`"),
     "executor": Role(EXECUTOR, "`narsil executor`"),
-    "serve": Role(SERVE, "all of these, their supervisor and a client: `narsil serve`, `narsil gateway --mode inline`"),
+    "serve": Role(
+        SERVE,
+        "all of these, their supervisor and a client: `narsil serve`, `narsil gateway --mode inline`, "
+        "`narsil executor --with-batcher`",
+    ),
     "producer": Role(PRODUCER, "any NATS client that publishes requests"),
     "client": Role(CLIENT, "Python's `Client`, `narsil score` and `narsil request`: they speak to batchers directly"),
     "admin": Role(ADMIN, "people and tools that watch the actors (`nats micro`) or change which models are served"),

@@ -3,12 +3,17 @@
 import asyncio
 import gc
 import time
-from collections.abc import Callable
+from bisect import bisect_left
+from collections.abc import Callable, Iterator, Sequence
+from itertools import accumulate
 
 from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, disable_created_metrics, generate_latest
+from prometheus_client.core import CounterMetricFamily, HistogramMetricFamily
 from prometheus_client.gc_collector import GCCollector
 from prometheus_client.platform_collector import PlatformCollector
 from prometheus_client.process_collector import ProcessCollector
+from prometheus_client.registry import Collector
+from prometheus_client.utils import floatToGoString
 
 from narsil_stream.schemas.errors import Fault, named
 
@@ -76,6 +81,41 @@ def gauges(registry: CollectorRegistry, **read: tuple[str, Callable[[], float]])
         Gauge(name, help_text, registry=registry).set_function(function)
 
 
+class Count(Collector):
+    """A counter for what happens with every request: one addition, no lock. Of one event loop, which is also asked."""
+
+    def __init__(self, name: str, help_text: str, registry: CollectorRegistry) -> None:
+        self._said = (name, help_text)
+        self._value = 0
+        registry.register(self)
+
+    def inc(self, amount: int = 1) -> None:
+        self._value += amount
+
+    def collect(self) -> Iterator[CounterMetricFamily]:
+        yield CounterMetricFamily(*self._said, value=self._value)
+
+
+class Spread(Collector):
+    """A histogram as `Count` is a counter. `bounds`: the buckets' upper ends, rising."""
+
+    def __init__(self, name: str, help_text: str, bounds: Sequence[float], registry: CollectorRegistry) -> None:
+        self._said = (name, help_text)
+        self._bounds = tuple(bounds)
+        self._counts = [0] * (len(bounds) + 1)
+        self._sum = 0.0
+        registry.register(self)
+
+    def observe(self, value: float) -> None:
+        self._counts[bisect_left(self._bounds, value)] += 1
+        self._sum += value
+
+    def collect(self) -> Iterator[HistogramMetricFamily]:
+        ends = map(floatToGoString, (*self._bounds, float("inf")))
+        buckets = list(zip(ends, accumulate(self._counts), strict=True))
+        yield HistogramMetricFamily(*self._said, buckets=buckets, sum_value=self._sum)
+
+
 def settle_gc() -> None:
     """After warm-up: what lives now lives for good, so collections need not look at it again; and they come rarely."""
     gc.collect()
@@ -83,23 +123,29 @@ def settle_gc() -> None:
     gc.set_threshold(50_000, 20, 100)
 
 
-class RequestMetrics:
+class RequestMetrics(Collector):
     """What gateways and batchers count alike. offered = answered + refused + expired + failed, once nothing is open."""
 
     OUTCOMES = ("answered", "refused", "expired", "failed")
 
     def __init__(self, registry: CollectorRegistry) -> None:
-        self.offered = Counter("narsil_requests_offered", "Requests that came in", registry=registry)
-        ended = Counter("narsil_requests", "Requests by how they ended", ["outcome"], registry=registry)
-        self._ended = {outcome: ended.labels(outcome) for outcome in self.OUTCOMES}
+        self.offered = Count("narsil_requests_offered", "Requests that came in", registry)
+        self._ended = dict.fromkeys(self.OUTCOMES, 0)
         self._faults = Counter("narsil_errors", "Errors given, by row of the error table", ["fault"], registry=registry)
-        self.rows = Counter("narsil_rows", "Rows scored", registry=registry)
-        self.seconds = Histogram("narsil_request_seconds", "From arrival to answer", buckets=SECONDS, registry=registry)
+        self._rows = Count("narsil_rows", "Rows scored", registry)
+        self._seconds = Spread("narsil_request_seconds", "From arrival to answer", SECONDS, registry)
+        registry.register(self)
+
+    def collect(self) -> Iterator[CounterMetricFamily]:
+        ended = CounterMetricFamily("narsil_requests", "Requests by how they ended", labels=["outcome"])
+        for outcome, count in self._ended.items():
+            ended.add_metric([outcome], count)
+        yield ended
 
     def answered(self, rows: int, seconds: float) -> None:
-        self._ended["answered"].inc()
-        self.rows.inc(rows)
-        self.seconds.observe(seconds)
+        self._ended["answered"] += 1
+        self._rows.inc(rows)
+        self._seconds.observe(seconds)
 
     def refused(self, fault: str) -> None:
         """Turned away on arrival."""
@@ -118,5 +164,5 @@ class RequestMetrics:
             self.refused(fault)
 
     def _end(self, outcome: str, fault: str) -> None:
-        self._ended[outcome].inc()
+        self._ended[outcome] += 1
         self._faults.labels(fault).inc()

@@ -228,7 +228,7 @@ def test_the_command_measures_http_and_nats_and_writes_them_as_json(tmp_path: Pa
     opened = rows["shell/nats/10rows/c8/open50", "requests_per_s", None]
     assert opened["value"] < rows["shell/nats/10rows/c8", "requests_per_s", "echo"]["value"]
     assert set(found["rows"][0]) == {"case", "metric", "value", "unit", "baseline", "ratio"}
-    assert "1 batcher" in found["notes"]["shell/http/10rows/c8"]
+    assert "1 executor + batcher" in found["notes"]["shell/http/10rows/c8"]
     assert "| `shell/http/10rows/c8`" in done.output
     assert "shell/nats/10rows/c8" in plot.read_text()
 

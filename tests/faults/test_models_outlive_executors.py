@@ -26,6 +26,7 @@ def test_a_loaded_model_outlives_each_executor_and_an_unloaded_one_stays_away(tm
     repository = tmp_path / "repository"
     loaded, unloaded = make(repository / "loaded", "loaded"), make(repository / "unloaded", "unloaded")
     options = ("--model-repository", repository, "--model-control", "explicit", "--executor-executors", "2")
+    options += ("--placement", "apart")
     with Serve(unloaded, tmp_path, *options) as serve, Door(serve.nats_url) as door:
         assert door.index(ready=True) == {("unloaded", "1"): "READY"}
         door.load("loaded")

@@ -37,10 +37,19 @@ def test_a_second_one_joins_under_load_and_leaves_without_losing_a_request(
         assert not traffic.bad, traffic.ended
 
 
-@pytest.mark.parametrize("kind", ["batcher", "executor"])
-def test_the_first_one_leaves_under_load_once_a_second_is_there(criteo_model: Path, tmp_path: Path, kind: str) -> None:
+@pytest.mark.parametrize(
+    ("kind", "options"),
+    [
+        ("batcher", ("--batch-batchers", "2", "--placement", "apart")),
+        ("executor", ("--executor-executors", "2", "--placement", "apart")),
+        ("executor", ("--batch-batchers", "2", "--executor-executors", "2")),
+    ],
+    ids=["batcher", "executor", "both in one process"],
+)
+def test_the_first_one_leaves_under_load_once_a_second_is_there(
+    criteo_model: Path, tmp_path: Path, kind: str, options: tuple[str, ...]
+) -> None:
     """A rolling restart: what it holds is answered before it goes, and the other takes over."""
-    options = [f"--{'batch' if kind == 'batcher' else 'executor'}-{kind}s", "2"]
     with Serve(criteo_model, tmp_path, *options) as serve:
         with Traffic(criteo_model, http=serve.http_port, nats=serve.nats_url) as traffic:
             for _ in range(2):
@@ -141,6 +150,23 @@ def test_a_killed_supervisor_leaves_no_process_behind(criteo_model: Path, tmp_pa
         assert serve.process is not None
         serve.process.kill()
         until(lambda: not list(filter(alive, pids)), "all gone")
+
+
+@pytest.mark.parametrize(
+    ("placement", "batchers", "executors", "processes"),
+    [("together", 2, 1, 2), ("together", 1, 2, 2), ("apart", 1, 1, 2)],
+)
+def test_batchers_live_with_executors_as_far_as_there_are_as_many(
+    criteo_model: Path, tmp_path: Path, placement: str, batchers: int, executors: int, processes: int
+) -> None:
+    """Whoever scales one of them alone must get processes of it, and answers as before."""
+    counts = ("--batch-batchers", str(batchers), "--executor-executors", str(executors))
+    with Serve(criteo_model, tmp_path, *counts, "--placement", placement) as serve:
+        own = serve.pids("batcher"), serve.pids("executor")
+        assert (len(own[0]), len(own[1]), len({*own[0], *own[1]})) == (batchers, executors, processes)
+        with Traffic(criteo_model, http=serve.http_port, nats=serve.nats_url) as traffic:
+            traffic.answered(MANY)
+        assert not traffic.bad, traffic.ended
 
 
 @pytest.mark.parametrize("mode", ["batch", "worker", "inline"])

@@ -13,11 +13,13 @@ from tests.support import until
 
 MANY = 1_000
 """Answers awaited around each fault, so that thousands of requests pass in each test."""
+PAIRS = ("--batch-batchers", "2", "--executor-executors", "2")
+"""Two processes of a batcher and an executor each, unless they are placed apart."""
 
 
 def test_an_executor_killed_under_load_is_noticed_by_nobody(criteo_model: Path, tmp_path: Path) -> None:
     """Batches that it held must be computed by the other one, each caller getting its own scores."""
-    with Serve(criteo_model, tmp_path, "--executor-executors", "2") as serve:
+    with Serve(criteo_model, tmp_path, "--executor-executors", "2", "--placement", "apart") as serve:
         with Traffic(criteo_model, http=serve.http_port, nats=serve.nats_url) as traffic:
             for _ in range(3):
                 traffic.answered(MANY)
@@ -31,7 +33,7 @@ def test_a_batcher_killed_under_load_loses_no_request_of_gateways_and_clients(
     criteo_model: Path, tmp_path: Path
 ) -> None:
     """What it had accepted must be asked again elsewhere, and answered once."""
-    with Serve(criteo_model, tmp_path, "--batch-batchers", "2") as serve:
+    with Serve(criteo_model, tmp_path, "--batch-batchers", "2", "--placement", "apart") as serve:
         with Traffic(criteo_model, http=serve.http_port, nats=serve.nats_url) as traffic:
             for _ in range(3):
                 traffic.answered(MANY)
@@ -58,11 +60,29 @@ def test_a_killed_process_is_known_to_be_gone_long_before_its_lease_is_over(
         assert traffic.slowest_s < BUDGET_S / 2
 
 
-@pytest.mark.parametrize("kind", ["batcher", "executor"])
-def test_a_frozen_process_of_two_holds_up_no_request_for_long(criteo_model: Path, tmp_path: Path, kind: str) -> None:
+def test_a_batcher_killed_together_with_its_executor_loses_no_request_of_gateways_and_clients(
+    criteo_model: Path, tmp_path: Path
+) -> None:
+    """One process, two deaths: what was queued, under way and computed there must be asked again, and answered once."""
+    with Serve(criteo_model, tmp_path, *PAIRS) as serve:
+        with Traffic(criteo_model, http=serve.http_port, nats=serve.nats_url) as traffic:
+            for _ in range(3):
+                traffic.answered(MANY)
+                batcher = serve.pids("batcher")[0]
+                assert batcher in serve.pids("executor")
+                os.kill(batcher, signal.SIGKILL)
+                traffic.answered(MANY)
+                until(lambda: len(serve.pids("batcher")) == 2 and serve.health()["healthy"], "a new pair")
+        assert not traffic.bad, traffic.ended
+
+
+@pytest.mark.parametrize(("kind", "placement"), [("batcher", "apart"), ("executor", "apart"), ("executor", "together")])
+def test_a_frozen_process_of_two_holds_up_no_request_for_long(
+    criteo_model: Path, tmp_path: Path, kind: str, placement: str
+) -> None:
     """Half alive is worse than dead: its connection stays open and messages to it vanish. Awake again, it must not
     answer twice or wrongly."""
-    with Serve(criteo_model, tmp_path, "--batch-batchers", "2", "--executor-executors", "2") as serve:
+    with Serve(criteo_model, tmp_path, *PAIRS, "--placement", placement) as serve:
         with Traffic(criteo_model, http=serve.http_port, nats=serve.nats_url) as traffic:
             traffic.answered(MANY)
             frozen = serve.pids(kind)[0]
@@ -76,11 +96,12 @@ def test_a_frozen_process_of_two_holds_up_no_request_for_long(criteo_model: Path
         assert traffic.slowest_s < 5
 
 
+@pytest.mark.parametrize("placement", ["apart", "together"])
 def test_without_any_executor_callers_are_told_at_once_and_served_again_when_one_is_back(
-    criteo_model: Path, tmp_path: Path
+    criteo_model: Path, tmp_path: Path, placement: str
 ) -> None:
     """Waiting for nobody until the budget runs out would stall every caller."""
-    with Serve(criteo_model, tmp_path) as serve:
+    with Serve(criteo_model, tmp_path, "--placement", placement) as serve:
         with Traffic(criteo_model, http=serve.http_port, nats=serve.nats_url) as traffic:
             os.kill(serve.pids("executor")[0], signal.SIGKILL)
             traffic.until_ended("UNAVAILABLE")

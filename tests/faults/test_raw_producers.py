@@ -119,7 +119,7 @@ def more(producer: RawProducer, answers: int) -> None:
 
 def test_a_batcher_that_joins_and_leaves_costs_a_plain_producer_nothing(criteo_model: Path, tmp_path: Path) -> None:
     """A newcomer knows no model yet, and a leaver still gets messages: neither may refuse what the other can answer."""
-    with Serve(criteo_model, tmp_path, "--batch-batchers", "2") as serve:
+    with Serve(criteo_model, tmp_path, "--batch-batchers", "2", "--placement", "apart") as serve:
         with producing(criteo_model, serve.nats_url) as producer:
             for _ in range(2):
                 os.kill(serve.pids("batcher")[0], signal.SIGTERM)

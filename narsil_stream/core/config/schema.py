@@ -14,6 +14,7 @@ from msgspec import Meta, Struct, field
 from narsil_stream.core.config.access import AccessConfig
 
 Mode = Literal["batch", "worker", "inline"]
+Placement = Literal["apart", "together"]
 ModelControl = Literal["none", "explicit"]
 BackendName = Literal["auto", "native", "torch", "reference", "noop"]
 PrecisionName = Literal["auto", "fp32", "bf16", "fp16", "int8"]
@@ -455,6 +456,14 @@ class Config(Struct, frozen=True, forbid_unknown_fields=True):
             "one; inline: gateway, batcher and executor in one process."
         ),
     ] = "batch"
+    placement: Annotated[
+        Placement,
+        Meta(
+            description="Of `narsil serve`'s batchers and executors. together: each executor's process holds a batcher "
+            "too, as far as there are as many: batches need not cross the broker; apart: a process each: what takes "
+            "requests in and what computes share no interpreter."
+        ),
+    ] = "together"
     model: Annotated[
         str,
         Meta(
