@@ -24,9 +24,13 @@ def test_wrong_scores_are_not_timed() -> None:
     """A fast wrong kernel would top the table."""
     model = forward.reference_model(table_rows=20)
     reference = Reference(model)
+    (long,) = forward.batches(model.spec, 600, 1)
+    forward.check("right", model, lambda batch: sigmoid(reference.logits(batch)), batch=long)
     forward.check("right", model, lambda batch: sigmoid(reference.logits(batch)))
     with pytest.raises(WrongScores, match="wrong, 512 rows: scores differ"):
         forward.check("wrong", model, lambda batch: np.full(batch.rows, 0.5, np.float32))
+    with pytest.raises(WrongScores):
+        forward.check("last row", model, lambda b: np.append(sigmoid(reference.logits(b))[:-1], 0.9), batch=long)
     with pytest.raises(WrongScores):
         forward.check("not a number", model, lambda batch: np.full(batch.rows, np.nan, np.float32))
 
