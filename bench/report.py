@@ -10,6 +10,8 @@ from typing import Any
 
 from msgspec import Struct
 
+from narsil_stream import __version__
+
 
 class Row(Struct, frozen=True):
     """One figure. `ratio`: how many times better than `baseline`, more is better."""
@@ -60,6 +62,7 @@ def text(report: Report) -> str:
     """For people: where it ran, a line for each figure, rows a second against batch size as bars."""
     lines = [f"{key}: {value}" for key, value in report.machine.items()]
     lines += [f"absent: {name}: {why.splitlines()[0]}" for name, why in report.absent.items()]
+    lines += [f"{name}: {note}" for name, note in report.notes.items()]
     lines += ["", f"{'case':44} {'metric':22} {'value':>9} unit     baseline"]
     for row in report.rows:
         versus = f"{row.ratio:.2f}x {row.baseline}" if row.ratio is not None else ""
@@ -91,6 +94,21 @@ def plot(report: Report, file: Path) -> None:
     drawn.savefig(file)
 
 
+def prepare(json_file: Path | None, plot_file: Path | None) -> None:
+    """Make the folders of files that are written after a measurement, so that none is lost. Raises OSError, NoPlot."""
+    for file in (json_file, plot_file):
+        if file:
+            file.parent.mkdir(parents=True, exist_ok=True)
+            with file.open("ab"):
+                pass
+    if plot_file:
+        formats = figure(1, "").canvas.get_supported_filetypes()
+        if plot_file.suffix[1:] not in formats:
+            raise NoPlot(
+                f"{plot_file} names no kind of picture; there are: {', '.join('.' + name for name in formats)}"
+            )
+
+
 def figure(things: int, what: str) -> Any:
     """An empty picture for so many things. Raises NoPlot: no matplotlib, or nothing to draw."""
     try:
@@ -111,11 +129,15 @@ def _throughput(report: Report) -> list[Row]:
 
 
 def _commit() -> str:
-    command = ["git", "-C", str(Path(__file__).resolve().parent), "describe", "--always", "--dirty"]
+    """Of the checkout that tracks this file; of a copy, $GIT_COMMIT; else the version that is installed."""
+    here = Path(__file__).resolve()
+    git = ["git", "-C", str(here.parent)]
     try:
-        return subprocess.run(command, capture_output=True, text=True, check=True).stdout.strip()
+        subprocess.run([*git, "ls-files", "--error-unmatch", here.name], capture_output=True, check=True)
+        found = subprocess.run([*git, "describe", "--always", "--dirty"], capture_output=True, text=True, check=True)
     except (OSError, subprocess.CalledProcessError):
-        return "unknown"
+        return os.environ.get("GIT_COMMIT") or f"none: narsil-stream {__version__}"
+    return found.stdout.strip()
 
 
 def _cpu() -> str:

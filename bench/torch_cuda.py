@@ -1,13 +1,11 @@
 """The torch family on CUDA: `narsil bench forward`'s part. Needs a GPU."""
 
-import time
 from collections.abc import Callable, Iterator
 from typing import Any
 
-import numpy as np
 import torch
 
-from narsil_stream.bench.forward import alternate, batches, check
+from narsil_stream.bench.forward import alternate, batches, check, scores_of, turns
 from narsil_stream.bench.report import Row
 from narsil_stream.kernels.artifact import Artifact
 from narsil_stream.kernels.backend import RaggedBatch
@@ -22,15 +20,15 @@ def measure(model: Artifact, baseline: Any, sizes: tuple[int, ...], repeats: int
     for precision in _TOLERANCE:
         backend = CudaBackend(model, precision)
         backend.warm_up(max(sizes))
-        check(f"torch {precision}", model, lambda batch, b=backend: _scores(b, batch), _TOLERANCE[precision])  # type: ignore[misc]
         for rows in sizes:
             given = batches(model.spec, rows)
+            check(f"torch {precision}", model, lambda b, w=backend: scores_of(w, b), _TOLERANCE[precision], given[0])  # type: ignore[misc]
             case = f"forward/torch/cuda/{precision}/{rows}"
             ways = baseline.graphs(given), _device_us(backend, given), _graph_us(backend, given)
             against, device, graph = alternate(repeats, *ways)
             yield Row(case, "device", device, "us", BASELINE, against / device)
             yield Row(case, "graph", graph, "us", BASELINE, against / graph)
-            (run,) = alternate(repeats, _run_us(backend, given))
+            (run,) = alternate(repeats, turns(backend, given, len(given)))
             yield Row(case, "run", run, "us")
             yield Row(case, "throughput", rows / run, "Mrows/s")
         backend.unload()
@@ -77,21 +75,3 @@ def _graph_us(backend: CudaBackend, given: list[RaggedBatch]) -> Callable[[], fl
         return total * 1e3 / len(given)
 
     return measure
-
-
-def _run_us(backend: CudaBackend, given: list[RaggedBatch]) -> Callable[[], float]:
-    scores = np.empty(given[0].rows, np.float32)
-
-    def measure() -> float:
-        start = time.perf_counter()
-        for batch in given:
-            backend.run(batch, scores)
-        return (time.perf_counter() - start) * 1e6 / len(given)
-
-    return measure
-
-
-def _scores(backend: CudaBackend, batch: RaggedBatch) -> Any:
-    scores = np.empty(batch.rows, np.float32)
-    backend.run(batch, scores)
-    return scores

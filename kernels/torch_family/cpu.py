@@ -17,7 +17,7 @@ from narsil_stream.kernels.artifact import Artifact
 from narsil_stream.kernels.backend import PROTOCOL, BackendInfo, RaggedBatch
 from narsil_stream.kernels.cutting import pieces
 from narsil_stream.kernels.torch_family.devices import DTYPES, multiplied
-from narsil_stream.kernels.torch_family.network import Layer, Network
+from narsil_stream.kernels.torch_family.network import Dot, Layer, Network, Operators
 from narsil_stream.kernels.torch_family.packing import Packing
 from narsil_stream.kernels.torch_family.unit import failures
 from narsil_stream.schemas.compute import Capabilities
@@ -34,6 +34,8 @@ _SECOND_ROWS = 128
 """Fewer rows are not worth a second thread."""
 _STEP_ROWS = 16
 """Pieces are padded to multiples: oneDNN prepares code for each number of rows, once."""
+_NUMPY_MACS = 2**17
+"""Of a row's products. More of them are no faster in NumPy, and from 2^18 on its BLAS takes threads of its own."""
 
 
 class CpuBackend:
@@ -42,7 +44,7 @@ class CpuBackend:
     def __init__(self, artifact: Artifact, precision: str) -> None:
         self._spec, self._precision = artifact.spec, precision
         self._packing = Packing(artifact.spec)
-        self._network = Network(artifact, self._packing, DTYPES[precision], "cpu", _layer)
+        self._network = Network(artifact, self._packing, DTYPES[precision], "cpu", Operators(_layer, _dot))
         self._threads = torch.get_num_threads()
         self._pool = _single_threads(self._threads) if self._threads > 1 else None
 
@@ -122,6 +124,24 @@ def _layer(weight: Any, bias: Any, *, relu: bool) -> Layer:
     packed = torch.ops.mkldnn._reorder_linear_weight(weight.contiguous())
     multiply, attribute = torch.ops.mkldnn._linear_pointwise, "relu" if relu else "none"
     return lambda x: multiply(x, packed, bias, attribute, [], "")
+
+
+def _dot(used: int, packing: Packing) -> Dot:
+    """Small products in FP32 by NumPy, whose BLAS is built for them: twice as fast as torch's.
+
+    Of all vectors but the first with all but the last, so that BLAS does not see a symmetric product, which it computes
+    in a slower way. Copies of whole pieces of the triangle are four times as fast as a gather.
+    """
+
+    def dot(x: Any) -> list[Any]:
+        if x.dtype == torch.float32 and (used - 1) ** 2 * x.shape[2] <= _NUMPY_MACS:
+            vectors = x.numpy()
+            products = torch.from_numpy(np.matmul(vectors[:, 1:used], vectors[:, : used - 1].transpose(0, 2, 1)))
+        else:
+            products = torch.bmm(x, x.transpose(1, 2))[:, 1:]
+        return [products[:, i, : i + 1] for i in range(used - 1)]
+
+    return dot
 
 
 def _round_up(rows: int) -> int:

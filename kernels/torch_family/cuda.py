@@ -18,7 +18,7 @@ from narsil_stream.kernels.backend import PROTOCOL, BackendInfo, RaggedBatch
 from narsil_stream.kernels.cutting import buckets, pieces
 from narsil_stream.kernels.exclusive import ON_DEVICE
 from narsil_stream.kernels.torch_family.devices import DTYPES
-from narsil_stream.kernels.torch_family.network import Layer, Network
+from narsil_stream.kernels.torch_family.network import Dot, Layer, Network, Operators
 from narsil_stream.kernels.torch_family.packing import Packed, Packing
 from narsil_stream.kernels.torch_family.unit import failures
 from narsil_stream.schemas.compute import Capabilities
@@ -70,7 +70,7 @@ class CudaBackend:
         self._lock = threading.Lock()
         """There is one staging memory."""
         with torch.cuda.stream(self.stream):
-            self._network = Network(artifact, self._packing, DTYPES[precision], "cuda", _layer)
+            self._network = Network(artifact, self._packing, DTYPES[precision], "cuda", Operators(_layer, _dot))
         self.stream.synchronize()
 
     @property
@@ -239,3 +239,10 @@ def _layer(weight: Any, bias: Any, *, relu: bool) -> Layer:
     if relu:
         return lambda x: torch._addmm_activation(bias, x, turned)
     return lambda x: torch.addmm(bias, x, turned)
+
+
+def _dot(used: int, packing: Packing) -> Dot:
+    """All products in one launch, the chosen ones in another."""
+    i, j = torch.tril_indices(used, used, offset=-1, device="cuda")
+    pairs = i * packing.vectors + j
+    return lambda x: [torch.bmm(x, x.transpose(1, 2)).flatten(1).index_select(1, pairs)]

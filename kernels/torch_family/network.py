@@ -16,6 +16,20 @@ MakeLayer = Callable[..., Layer]
 """(weight [out, in], bias [out] or None, relu=bool) -> Layer; tensors of the network's type on its device."""
 
 
+Dot = Callable[[Any], list[Any]]
+"""x [rows, vectors, dim] -> x[i]·x[j] of the first vectors, i > j in the order (1,0), (2,0), (2,1) ..., in pieces
+[rows, ...] to be put side by side."""
+MakeDot = Callable[[int, Packing], Dot]
+"""(how many vectors have products, how x is packed) -> Dot"""
+
+
+class Operators(NamedTuple):
+    """What a device computes in a way of its own."""
+
+    layer: MakeLayer
+    dot: MakeDot
+
+
 class CrossLayer(NamedTuple):
     narrow: Layer
     """[rows, width] -> [rows, rank]"""
@@ -26,10 +40,9 @@ class CrossLayer(NamedTuple):
 class Network:
     """logits = the model's answer before the sigmoid, FP32. The last layer is FP32 in every precision."""
 
-    def __init__(self, artifact: Artifact, packing: Packing, dtype: Any, device: str, make: MakeLayer) -> None:
-        spec = artifact.spec
+    def __init__(self, artifact: Artifact, packing: Packing, dtype: Any, device: str, operators: Operators) -> None:
+        spec, make = artifact.spec, operators.layer
         self._dtype = dtype
-        self._on_cuda = device == "cuda"
         self._tables = Tables(artifact, packing, dtype, device)
 
         def tensor(name: str) -> Any:
@@ -50,10 +63,8 @@ class Network:
         self._top = mlp("top", len(shape.top) - 1, spec.top_input + self._padding)
         last = f"top.{len(shape.top) - 1}"
         self._last = tensor(f"{last}.weight"), tensor(f"{last}.bias")
-        self._used = 1 + spec.n_sparse
-        i, j = torch.tril_indices(self._used, self._used, offset=-1, device=device)
-        self._pairs = i * packing.vectors + j
-        self._cross: list[CrossLayer] | None = None
+        self._dot = operators.dot(1 + spec.n_sparse, packing)
+        self._cross: list[CrossLayer] = []
         if isinstance(shape, DcnV2):
             self._cross = [
                 CrossLayer(
@@ -70,25 +81,15 @@ class Network:
         for layer in self._bottom:
             bottom = layer(bottom)
         x.select(1, 0).copy_(bottom)
-        hidden = self._dot(x) if self._cross is None else self._crossed(x)
+        hidden = self._crossed(x) if self._cross else self._padded([bottom, *self._dot(x)])
         for layer in self._top:
             hidden = layer(hidden)
         if not self._top:
             hidden = hidden[:, : self._last[0].shape[1]]
         return torch.nn.functional.linear(hidden.float(), *self._last).view(-1)
 
-    def _dot(self, x: Any) -> Any:
-        """[x[0], x[i]·x[j] for i > j in the order (1,0), (2,0), (2,1) ..., padding]. x [rows, vectors, dim]."""
-        products = torch.bmm(x, x.transpose(1, 2))
-        if self._on_cuda:  # one launch counts
-            chosen = [products.flatten(1).index_select(1, self._pairs)]
-        else:  # copies of whole pieces are four times as fast as a gather
-            chosen = [products[:, i, :i] for i in range(1, self._used)]
-        return self._padded([x.select(1, 0), *chosen])
-
     def _crossed(self, x: Any) -> Any:
         """x_{l+1} = x_0 * (W_l (V_l x_l) + b_l) + x_l."""
-        assert self._cross is not None
         first = x.flatten(1)
         now = first
         for layer in self._cross:

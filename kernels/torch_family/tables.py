@@ -40,6 +40,8 @@ class Tables:
             device=torch.device(device),
         )
         self._lookup.initialize_weights()
+        if device == "cpu":  # NumPy asks for huge pages: a row of a large table is then a cache miss, no walk of pages
+            self._lookup.weights_host = torch.from_numpy(np.empty(self._lookup.host_size, np.uint8))
         self._fill(artifact, joined=packing.joined)
 
     def __call__(self, values: Any, offsets: Any) -> Any:

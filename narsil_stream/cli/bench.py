@@ -32,25 +32,31 @@ for _command in (*bench_serving.COMMANDS, bench_chaos.chaos):
 @click.option(
     "--repeats", type=click.IntRange(1), default=15, show_default=True, help="Repetitions; their median counts."
 )
-def forward(json_file: Path | None, plot_file: Path | None, table_rows: int, repeats: int) -> None:
+@click.option(
+    "--device", type=click.Choice(["all", "cpu", "cuda"]), default="all", show_default=True, help="What to measure."
+)
+def forward(json_file: Path | None, plot_file: Path | None, table_rows: int, repeats: int, device: str) -> None:
     """How fast each family computes a forward pass here, against TorchRec and FBGEMM on the same weights.
 
     Scores are compared with the reference before anything is timed; families that this machine lacks are named.
+
+    On a CPU both sides take as many threads as the process may use cores: `taskset -c 0,1 narsil bench forward` two.
 
     Example: narsil bench forward --json forward.json --plot forward.svg
     """
     import msgspec
 
+    from narsil_stream.bench.forward import WrongScores, reference_model
     from narsil_stream.bench.forward import forward as measure
-    from narsil_stream.bench.forward import reference_model
-    from narsil_stream.bench.report import NoPlot, plot, text
+    from narsil_stream.bench.report import NoPlot, plot, prepare, text
 
-    report = measure(reference_model(table_rows), repeats)
-    click.echo(text(report))
-    if json_file:
-        json_file.write_bytes(msgspec.json.format(msgspec.json.encode(report), indent=2) + b"\n")
-    if plot_file:
-        try:
+    try:
+        prepare(json_file, plot_file)
+        report = measure(reference_model(table_rows), repeats, device)  # type: ignore[arg-type]
+        click.echo(text(report))
+        if json_file:
+            json_file.write_bytes(msgspec.json.format(msgspec.json.encode(report), indent=2) + b"\n")
+        if plot_file:
             plot(report, plot_file)
-        except (NoPlot, ValueError) as error:
-            raise click.ClickException(str(error)) from None
+    except (NoPlot, WrongScores, OSError) as error:
+        raise click.ClickException(str(error)) from None

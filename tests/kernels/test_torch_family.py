@@ -1,6 +1,7 @@
 """The torch family: which versions it takes, how it packs, what its devices do."""
 
 import threading
+import tomllib
 from importlib.metadata import PackageNotFoundError
 from pathlib import Path
 
@@ -86,6 +87,14 @@ def test_the_requirements_install_what_the_table_says() -> None:
         assert {f"torch=={locked.torch}", f"torchrec=={locked.torchrec}", locked.fbgemm.replace(" ", "==")} <= set(
             lines
         )
+
+
+@pytest.mark.parametrize(("extra", "file"), [("torch", "torch-cpu.txt"), ("torch-cuda", "torch-cuda.txt")])
+def test_an_extra_leads_to_a_locked_unit(extra: str, file: str) -> None:
+    """A bare `torch` would bring a version that FBGEMM is not built for."""
+    project = tomllib.loads((REQUIREMENTS.parent / "pyproject.toml").read_text())["project"]
+    lines = (REQUIREMENTS / file).read_text().splitlines()
+    assert project["optional-dependencies"][extra] == [line for line in lines if not line.startswith("#")]
 
 
 def mixed_spec(spec: ModelSpec) -> ModelSpec:
@@ -205,6 +214,18 @@ class TestCpu:
             scores = np.full(size, np.nan, np.float32)
             backend.run(batch, scores)
             np.testing.assert_allclose(scores, expected(model, batch), rtol=0, atol=1e-5)
+        backend.unload()
+
+    def test_more_products_than_numpy_takes_score_the_same(self, tmp_path: Path) -> None:
+        """Wide models leave them to torch."""
+        tables = tuple(Table(name=f"t{i}", rows=5) for i in range(40))
+        spec = ModelSpec("wide", DlrmDot(dense=3, dim=96, bottom=(96,), top=(6, 1)), tables)
+        model = random_model(spec, seed=1)
+        backend = self.load(model, tmp_path, precision="fp32")
+        batch = random_batch(spec, 33, 1)
+        scores = np.full(33, np.nan, np.float32)
+        backend.run(batch, scores)
+        np.testing.assert_allclose(scores, expected(model, batch), rtol=0, atol=1e-5)
         backend.unload()
 
     def test_it_works_from_any_thread_and_leaves_torchs_threads_alone(self, tmp_path: Path) -> None:
