@@ -20,9 +20,9 @@ from narsil_stream.core.criteo import Parser
 from narsil_stream.kernels import native, torch_family
 from narsil_stream.kernels.artifact import Artifact, read
 from narsil_stream.kernels.backend import Backend, RaggedBatch
+from narsil_stream.kernels.cutting import buckets
 from narsil_stream.kernels.init import Cross, criteo_spec, random_batch
 from narsil_stream.kernels.metrics import auc
-from narsil_stream.kernels.native.layout import buckets
 from narsil_stream.kernels.quantize import quantize
 from narsil_stream.kernels.reference import Reference, sigmoid
 from narsil_stream.kernels.synthetic import clicks

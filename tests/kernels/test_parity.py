@@ -14,7 +14,7 @@ from narsil_stream.core.criteo import Parser
 from narsil_stream.kernels import torch_family
 from narsil_stream.kernels.artifact import Artifact, read
 from narsil_stream.kernels.backend import Backend, RaggedBatch
-from narsil_stream.kernels.init import criteo_spec
+from narsil_stream.kernels.init import criteo_spec, random_batch
 from narsil_stream.kernels.quantize import quantize
 from narsil_stream.kernels.reference import Reference
 from narsil_stream.kernels.train import Settings, train
