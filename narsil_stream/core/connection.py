@@ -7,6 +7,7 @@ Connecting, logins, TLS, reconnecting, pings and subscriptions stay nats-py's ow
 import asyncio
 import logging
 import ssl
+import time
 from collections.abc import Callable
 from typing import Any
 from urllib.parse import ParseResult
@@ -103,9 +104,13 @@ class Connection(NatsClient):  # type: ignore[misc]  # it has no types
     # In
 
     async def _connect_to_server(self, server: Any) -> None:
-        if not self._transport and server.uri.scheme not in ("ws", "wss"):
+        if server.uri.scheme in ("ws", "wss"):
+            await super()._connect_to_server(server)
+            return
+        server.last_attempt = time.monotonic()
+        if not self._transport:
             self._transport = _Tcp(self)
-        await super()._connect_to_server(server)
+        await self._transport.connect(server.uri, LINE_BYTES, self.options["connect_timeout"])
 
     def take(self, sid: bytes, subject: bytes, reply: bytes, payload: bytes) -> bool:
         """Whether somebody takes it."""
