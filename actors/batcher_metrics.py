@@ -6,7 +6,7 @@ from prometheus_client import CollectorRegistry, Counter, Histogram
 
 from narsil_stream.actors.scheduling import Scheduler
 from narsil_stream.core.actor import Mailbox
-from narsil_stream.core.telemetry import ROWS, SECONDS, RequestMetrics, gauges
+from narsil_stream.core.telemetry import ROWS, SECONDS, RequestMetrics, Spread, gauges
 
 
 class BatcherMetrics:
@@ -19,9 +19,7 @@ class BatcherMetrics:
             "narsil_batch_fill_ratio", "Rows in a batch, of max_rows", buckets=[i / 10 for i in range(1, 11)],
             registry=registry,
         )  # fmt: skip
-        self.queue_wait = Histogram(
-            "narsil_queue_wait_seconds", "From arrival to the cut of the batch", buckets=SECONDS, registry=registry
-        )
+        self.queue_wait = Spread("narsil_queue_wait_seconds", "From arrival to the cut of the batch", SECONDS, registry)
         self.no_answer = Counter("narsil_unanswerable", "Requests without a reply subject that may be used", ["why"],
                                  registry=registry)  # fmt: skip
         self.early = Counter("narsil_sent_in_future", "Requests sent later than now, by their clock", registry=registry)

@@ -47,7 +47,11 @@ class Scope:
 class Exchange:
     """One request and its answer, as RSGI's HTTPProtocol."""
 
-    __slots__ = ("_chunks", "_connection", "_left", "_size", "_waiter", "answered", "complete", "keep", "scope", "taken")
+    __slots__ = (
+        "_chunks", "_connection", "_left", "_size", "_waiter", "answered", "complete", "keep", "scope", "taken", "task",
+    )  # fmt: skip
+    task: asyncio.Task[None]
+    """The handler's."""
 
     def __init__(self, connection: "Connection", scope: Scope) -> None:
         self.scope = scope
@@ -324,7 +328,9 @@ class Connection(asyncio.Protocol):
 class Http1Server:
     """Listens, keeps time, and bounds how much is worked on at once."""
 
-    def __init__(self, handler: Handler, http2_path: str, head_bytes: int, head_timeout_s: float, parallel: int) -> None:
+    def __init__(
+        self, handler: Handler, http2_path: str, head_bytes: int, head_timeout_s: float, parallel: int
+    ) -> None:
         """`http2_path`: the Unix socket of a server that speaks HTTP/2. `head_bytes`: of a request before its body."""
         self._handler = handler
         self._http2_path = http2_path
@@ -342,9 +348,7 @@ class Http1Server:
     async def start(self, host: str, port: int, backlog: int) -> None:
         """Listens beside others that share the port. Raises OSError."""
         loop = asyncio.get_running_loop()
-        self._server = await loop.create_server(
-            lambda: Connection(self), host, port, backlog=backlog, reuse_port=True
-        )
+        self._server = await loop.create_server(lambda: Connection(self), host, port, backlog=backlog, reuse_port=True)
         self._look()
 
     def stop(self) -> None:
@@ -373,8 +377,8 @@ class Http1Server:
             return
         self._open += 1
         task = asyncio.get_running_loop().create_task(self._serve(connection, exchange))
+        exchange.task = task
         self._tasks.add(task)
-        task.add_done_callback(self._tasks.discard)
 
     async def _serve(self, connection: Connection, exchange: Exchange) -> None:
         try:
@@ -382,6 +386,7 @@ class Http1Server:
         except Exception:
             log.exception("a request to %s failed", exchange.scope.path)
         finally:
+            self._tasks.discard(exchange.task)
             self._open -= 1
             while self._waiting and self._open < self._parallel:
                 self.begin(*self._waiting.popleft())

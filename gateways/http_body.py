@@ -142,7 +142,7 @@ class WhileThere:
         self.left = False
 
     def __enter__(self) -> Self:
-        self._task = asyncio.current_task()
+        self._task = self._proto.task if isinstance(self._proto, Exchange) else asyncio.current_task()
         return self
 
     def watch(self) -> None:

@@ -2,13 +2,18 @@
 
 import asyncio
 import gc
+import math
 import time
-from collections.abc import Callable
+from bisect import bisect_left
+from collections.abc import Callable, Iterator, Sequence
+from itertools import accumulate
 
-from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, disable_created_metrics, generate_latest
+from prometheus_client import CollectorRegistry, Gauge, Histogram, Metric, disable_created_metrics, generate_latest
+from prometheus_client.core import CounterMetricFamily, HistogramMetricFamily
 from prometheus_client.gc_collector import GCCollector
 from prometheus_client.platform_collector import PlatformCollector
 from prometheus_client.process_collector import ProcessCollector
+from prometheus_client.utils import floatToGoString
 
 from narsil_stream.schemas.errors import Fault, named
 
@@ -83,21 +88,62 @@ def settle_gc() -> None:
     gc.set_threshold(50_000, 20, 100)
 
 
+class Count:
+    """A counter that belongs to one event loop: without prometheus_client's lock, a fifth of the time."""
+
+    def __init__(self, name: str, help_text: str, registry: CollectorRegistry, label: str = "") -> None:
+        """`label`: what `inc` is told, if anything."""
+        self._said = (name, help_text)
+        self._label = label
+        self._values: dict[str, float] = {} if label else {"": 0.0}
+        registry.register(self)  # type: ignore[arg-type]  # all that it needs is `collect`
+
+    def inc(self, by: float = 1, of: str = "") -> None:
+        self._values[of] = self._values.get(of, 0.0) + by
+
+    def collect(self) -> Iterator[Metric]:
+        family = CounterMetricFamily(*self._said, labels=[self._label] if self._label else [])
+        for of, value in self._values.items():
+            family.add_metric([of] if self._label else [], value)
+        yield family
+
+
+class Spread:
+    """A histogram that belongs to one event loop."""
+
+    def __init__(self, name: str, help_text: str, buckets: Sequence[float], registry: CollectorRegistry) -> None:
+        self._said = (name, help_text)
+        self._bounds = tuple(buckets)
+        self._counts = [0] * (len(self._bounds) + 1)
+        self._sum = 0.0
+        registry.register(self)  # type: ignore[arg-type]
+
+    def observe(self, value: float) -> None:
+        self._counts[bisect_left(self._bounds, value)] += 1
+        self._sum += value
+
+    def collect(self) -> Iterator[Metric]:
+        ends = map(floatToGoString, (*self._bounds, math.inf))
+        buckets = list(zip(ends, accumulate(self._counts), strict=True))
+        yield HistogramMetricFamily(*self._said, buckets=buckets, sum_value=self._sum)
+
+
 class RequestMetrics:
     """What gateways and batchers count alike. offered = answered + refused + expired + failed, once nothing is open."""
 
     OUTCOMES = ("answered", "refused", "expired", "failed")
 
     def __init__(self, registry: CollectorRegistry) -> None:
-        self.offered = Counter("narsil_requests_offered", "Requests that came in", registry=registry)
-        ended = Counter("narsil_requests", "Requests by how they ended", ["outcome"], registry=registry)
-        self._ended = {outcome: ended.labels(outcome) for outcome in self.OUTCOMES}
-        self._faults = Counter("narsil_errors", "Errors given, by row of the error table", ["fault"], registry=registry)
-        self.rows = Counter("narsil_rows", "Rows scored", registry=registry)
-        self.seconds = Histogram("narsil_request_seconds", "From arrival to answer", buckets=SECONDS, registry=registry)
+        self.offered = Count("narsil_requests_offered", "Requests that came in", registry)
+        self._ended = Count("narsil_requests", "Requests by how they ended", registry, "outcome")
+        for outcome in self.OUTCOMES:
+            self._ended.inc(0, outcome)
+        self._faults = Count("narsil_errors", "Errors given, by row of the error table", registry, "fault")
+        self.rows = Count("narsil_rows", "Rows scored", registry)
+        self.seconds = Spread("narsil_request_seconds", "From arrival to answer", SECONDS, registry)
 
     def answered(self, rows: int, seconds: float) -> None:
-        self._ended["answered"].inc()
+        self._ended.inc(1, "answered")
         self.rows.inc(rows)
         self.seconds.observe(seconds)
 
@@ -118,5 +164,5 @@ class RequestMetrics:
             self.refused(fault)
 
     def _end(self, outcome: str, fault: str) -> None:
-        self._ended[outcome].inc()
-        self._faults.labels(fault).inc()
+        self._ended.inc(1, outcome)
+        self._faults.inc(1, fault)
