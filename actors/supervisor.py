@@ -120,7 +120,7 @@ class Supervisor:
         if nats.url:
             return
         command = broker.tied(os.getpid(), *broker.command(self.config.data_dir, nats), "--log", os.devnull)
-        await self._start(Child("broker", "broker", command, dict(os.environ)), bus)
+        await self._start(Child("broker", "broker", command, broker.environment()), bus)
         if not await broker.wait_listening(nats.host, nats.port, 10.0):
             raise StartFailed(f"the broker did not start to listen on {address(nats.host, nats.port)} within 10 s")
 

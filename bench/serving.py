@@ -101,7 +101,7 @@ def own_broker(folder: Path) -> Iterator[Broker]:
     config = NatsConfig(host=HOST, port=free_port(HOST, 0, "nats.port"))
     monitor = free_port(HOST, 0, "monitor")
     command = [*broker.command(str(folder), config), "--http_port", str(monitor)]
-    with process(command, folder / "broker.log") as running:
+    with process(command, folder / "broker.log", environ=broker.environment()) as running:
         one = Broker(f"nats://{HOST}:{config.port}", monitor, running.pid)
         patiently("the broker", one.in_bytes, running, folder / "broker.log", READY_S)
         yield one

@@ -3,7 +3,9 @@
 import asyncio
 import contextlib
 import logging
+import tempfile
 from http import HTTPStatus
+from pathlib import Path
 
 from granian.constants import HTTPModes, Interfaces
 from granian.http import HTTP1Settings, HTTP2Settings
@@ -16,6 +18,7 @@ from narsil_stream.core.bus import Bus
 from narsil_stream.core.config import Config
 from narsil_stream.core.ports import address, reserve
 from narsil_stream.core.telemetry import gauges
+from narsil_stream.gateways.http1 import Http1Server
 from narsil_stream.gateways.http_body import Problem, discard
 from narsil_stream.gateways.http_routes import Call, Reply, Route, Router
 from narsil_stream.gateways.http_verbs import ROUTES, Verbs, error, refusal
@@ -25,6 +28,7 @@ from narsil_stream.schemas.errors import Refused
 
 log = logging.getLogger(__name__)
 
+BACKLOG = 1_024
 PARALLEL = 8_192
 """Requests that one gateway process works on at a time; more wait in their sockets."""
 HEADER_BYTES = 64 << 10
@@ -50,6 +54,8 @@ class HttpGateway(Actor[None]):
         self._access = Access(config, "http")
         self._serving: asyncio.Task[None] | None = None
         self._server: Server | None = None
+        self._plain: Http1Server | None = None
+        self._folder: tempfile.TemporaryDirectory[str] | None = None
         self._open = 0
         self._closed = asyncio.Event()
         self.port = config.http.port
@@ -61,24 +67,32 @@ class HttpGateway(Actor[None]):
         await self._inference.start()
         http = self._config.http
         with reserve(http.host, http.port, "http.port", share=self._share_port) as self.port:
+            tls = granian_tls(self._config.access)
+            if not tls:
+                self._folder = tempfile.TemporaryDirectory(prefix="narsil-http-")
+            where = {"address": http.host, "port": self.port} if tls else {"uds": self._unix_socket}
             self._server = Server(
                 self._on_request,
-                address=http.host,
-                port=self.port,
+                **where,
                 interface=Interfaces.RSGI,
                 http=HTTPModes.auto,
                 websockets=False,
-                backlog=1_024,
+                backlog=BACKLOG,
                 backpressure=PARALLEL,
                 http1_settings=HTTP1Settings(header_read_timeout=http.body_timeout_ms, max_buffer_size=HEADER_BYTES),
                 http2_settings=HTTP2Settings(
                     keep_alive_interval=PING_MS, max_concurrent_streams=STREAMS, max_headers_size=HEADER_BYTES
                 ),
                 log_enabled=False,
-                **granian_tls(self._config.access),
+                **tls,
             )
             self._serving = asyncio.create_task(self._server.serve(), name=f"{self.name} http")
             await self._listening()
+            if not tls:
+                self._plain = Http1Server(
+                    self._on_request, str(self._unix_socket), HEADER_BYTES, http.body_timeout_ms / 1e3, PARALLEL
+                )
+                await self._plain.start(http.host, self.port, BACKLOG)
         await self._inference.wait_ready(1.0)
 
     async def _listening(self) -> None:
@@ -86,7 +100,10 @@ class HttpGateway(Actor[None]):
             if self._serving is not None and self._serving.done():
                 self._serving.result()
             try:
-                _, writer = await asyncio.open_connection(self._config.http.host, self.port)
+                if self._folder is not None:
+                    _, writer = await asyncio.open_unix_connection(self._unix_socket)
+                else:
+                    _, writer = await asyncio.open_connection(self._config.http.host, self.port)
             except OSError:
                 await asyncio.sleep(0.01)
                 continue
@@ -106,8 +123,21 @@ class HttpGateway(Actor[None]):
     async def stop(self) -> None:
         await self._stop_server()
         await self._inference.stop()
+        plain, self._plain = self._plain, None
+        if plain is not None:
+            await plain.end()
+        folder, self._folder = self._folder, None
+        if folder is not None:
+            folder.cleanup()
+
+    @property
+    def _unix_socket(self) -> Path:
+        """Where HTTP/2 without TLS is spoken. Only this user can reach it."""
+        return Path(self._folder.name if self._folder is not None else "") / "http2"
 
     async def _stop_server(self) -> None:
+        if self._plain is not None:
+            self._plain.stop()
         server, self._server = self._server, None
         if server is not None and self._serving is not None:
             server.stop()

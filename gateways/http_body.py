@@ -8,6 +8,7 @@ from typing import Self
 from granian.rsgi import HTTPProtocol, ProtocolClosed, ProtocolError, Scope
 
 from narsil_stream.core.config.schema import HttpConfig
+from narsil_stream.gateways.http1 import Exchange
 from narsil_stream.gateways.http_codec import ENCODINGS, JSON_BYTES, inflated
 from narsil_stream.schemas.errors import Fault, Refused
 
@@ -85,6 +86,9 @@ class Bodies:
         length = int(declared) if declared.isdigit() else None
         if length is not None and length > limit:
             raise Refused(Fault.TOO_LARGE, f"a body of {declared} bytes; expected at most {limit}")
+        if isinstance(proto, Exchange) and proto.complete and length is not None:
+            held.take(length)
+            return await proto()
         try:
             async with asyncio.timeout(self._config.body_timeout_ms / 1e3):
                 if length is None or length > SMALL_BYTES:
@@ -138,14 +142,19 @@ class WhileThere:
         self.left = False
 
     def __enter__(self) -> Self:
-        self._task = asyncio.current_task()
+        self._task = self._proto.task if isinstance(self._proto, Exchange) else asyncio.current_task()
         return self
 
     def watch(self) -> None:
         """The body is there: from now on the caller only waits."""
+        if isinstance(self._proto, Exchange):
+            self._proto.when_left(self._leave)
+            return
         self._timer = asyncio.get_running_loop().call_later(WATCH_AFTER_S, self._watch)
 
     def __exit__(self, *error: object) -> None:
+        if isinstance(self._proto, Exchange):
+            self._proto.when_left(None)
         if self._timer is not None:
             self._timer.cancel()
         if self._gone is not None:
@@ -156,6 +165,6 @@ class WhileThere:
         self._gone = asyncio.ensure_future(self._proto.client_disconnect())
         self._gone.add_done_callback(self._leave)
 
-    def _leave(self, _: asyncio.Future[None]) -> None:
+    def _leave(self, _: asyncio.Future[None] | None = None) -> None:
         if self._task is not None:
             self.left = self._task.cancel()

@@ -27,9 +27,10 @@ def converted(request: InferRequest) -> InferRequest:
 
     Raises INVALID_ARGUMENT for a number that FP32 cannot hold.
     """
-    if all(tensor.dtype not in OTHER_FLOATS or tensor.name != "dense" for tensor in request.inputs):
-        return request
-    return replace(request, inputs=tuple(map(_as_fp32, request.inputs)))
+    for tensor in request.inputs:
+        if tensor.dtype in OTHER_FLOATS and tensor.name == "dense":
+            return replace(request, inputs=tuple(map(_as_fp32, request.inputs)))
+    return request
 
 
 def _as_fp32(tensor: Tensor) -> Tensor:
@@ -47,8 +48,11 @@ def _as_fp32(tensor: Tensor) -> Tensor:
 
 def fits(request: InferRequest, max_rows: int, max_payload: int) -> bool:
     """Whether one batch and one message can hold it."""
-    size = sum(tensor.data.nbytes for tensor in request.inputs)
-    rows = next((t.shape[0] for t in request.inputs if t.name == "dense" and t.shape), 0)
+    size = rows = 0
+    for tensor in request.inputs:
+        size += tensor.data.nbytes
+        if tensor.name == "dense" and tensor.shape:
+            rows = tensor.shape[0]
     return rows <= max_rows and size <= max_payload - MESSAGE_ROOM
 
 

@@ -80,7 +80,9 @@ def _configured(folder: Path) -> list[str]:
 
 
 def _run(command: list[str]) -> None:
-    os.execv(command[0], command)  # signals, logs and the exit status are nats-server's own
+    from narsil_stream.core import broker as own
+
+    os.execve(command[0], command, own.environment())  # signals, logs and the exit status are nats-server's own
 
 
 def _init(folder: Path, nats: NatsConfig, more: tuple[str, ...]) -> None:

@@ -9,22 +9,22 @@ import base64
 import contextlib
 import json
 import logging
+import re
 import secrets
 import ssl
-from collections import deque
 from collections.abc import Callable, Coroutine
 from typing import Any, NamedTuple
 
 import msgspec
 import nats
 from msgspec import Struct
-from nats.aio.client import Client as NatsClient
 from nats.aio.msg import Msg
 from nats.aio.subscription import Subscription
 
 from narsil_stream.core.config import NatsConfig
 from narsil_stream.core.config.rules import FILES, unreadable
 from narsil_stream.core.config.settings import without_login
+from narsil_stream.core.connection import Connection, Take
 from narsil_stream.core.parser import Parser
 from narsil_stream.core.ports import address
 from narsil_stream.schemas import subjects
@@ -38,17 +38,12 @@ HEADER_ROOM = 512
 """Of max_payload: the server counts headers too, and cuts the connection of who exceeds it."""
 GOODBYE_S = 1.0
 """What a broker that does not answer may take of an end."""
+SUBJECT = re.compile(r"[^ \t\r\n]+")
+"""What does not end a word of the protocol. The server checks the rest."""
+LINE_ENDS = str.maketrans("\r\n", "  ")
 PROTOCOL_ERRORS = (OSError, nats.errors.Error, asyncio.TimeoutError)
 
 _encode = msgspec.msgpack.Encoder().encode
-
-
-class _Client(NatsClient):  # type: ignore[misc]  # it has no types
-    async def _send_ping(self, future: asyncio.Future[bool] | None = None) -> None:
-        """nats-py writes a ping past the commands that wait for its flusher: the pong would confirm none of them."""
-        if future is not None:
-            await self._flush_pending(force_flush=True)
-        await super()._send_ping(future)
 
 
 class Listening(NamedTuple):
@@ -65,15 +60,12 @@ class Bus:
     def __init__(self, config: NatsConfig, name: str) -> None:
         self._config = config
         self._name = name
-        self._nats = _Client()
+        self._nats = Connection()
         self._parser = self._nats._ps = Parser(self._nats)
         self._local: dict[str, list[Callable[[Any], None]]] = {}
         self._subscriptions: dict[str, list[Listening]] = {}
         self._responders: dict[str, Callable[[], bytes]] = {}
-        self._outbox: deque[tuple[str, bytes, str, dict[str, str] | None]] = deque()
-        self._outbox_bytes = 0
-        self._filled = asyncio.Event()
-        self._sender: asyncio.Task[None] | None = None
+        self._begun = False
         self._closing = False
         self.on_lost: list[Callable[[], None]] = []
         """Called when the connection breaks: what is under way over it may be lost."""
@@ -100,7 +92,7 @@ class Bus:
             raise _unusable(key, seed, error) from None
         self._inboxes = subjects.inbox(self._user())
         self._nats._inbox_prefix = bytearray(self._inboxes.encode())
-        self._sender = asyncio.create_task(self._send_all(), name="bus sender")
+        self._begun = True
 
     @property
     def where(self) -> str:
@@ -130,7 +122,12 @@ class Bus:
     @property
     def dropped(self) -> int:
         """Messages that were unreadable, came faster than they were taken, or could not be sent any more."""
-        return self._dropped + self._parser.unreadable
+        return self._dropped + self._parser.unreadable + self._nats.unreadable + self._nats.unsent
+
+    @property
+    def waiting_bytes(self) -> int:
+        """Of messages that the socket has not taken yet."""
+        return self._nats.waiting_bytes
 
     def is_local(self, subject: str) -> bool:
         return subject in self._local
@@ -171,11 +168,17 @@ class Bus:
             raise Refused(
                 Fault.TOO_LARGE, f"a message of {len(payload)} bytes; the broker takes at most {self.max_payload}"
             )
-        if self._outbox_bytes + len(payload) > OUTBOX_BYTES:
+        if self._nats.waiting_bytes + len(payload) > OUTBOX_BYTES:
             raise Refused(Fault.OVERLOADED, "the connection to the broker is saturated", 100_000)
-        self._outbox.append((subject, payload, reply, headers))
-        self._outbox_bytes += len(payload)
-        self._filled.set()
+        if not SUBJECT.fullmatch(subject) or (reply and not SUBJECT.fullmatch(reply)):
+            self._dropped += 1
+            log.warning("a message to %r was not sent: no subject can be called so", subject[:100])
+        elif headers is None:
+            self._nats.send(f"PUB {subject} {reply} {len(payload)}\r\n".encode(), payload)
+        else:
+            said = _headers(headers)
+            head = f"HPUB {subject} {reply} {len(said)} {len(said) + len(payload)}\r\n"
+            self._nats.send(head.encode() + said, payload)
 
     async def listen(
         self,
@@ -189,9 +192,9 @@ class Bus:
         Several actors of one process may listen to one subject; `owner` tells them apart for `unsubscribe`.
         """
 
-        def on_message(message: Msg) -> None:
+        def take(_: bytes, __: bytes, payload: bytes) -> None:
             try:
-                decoded = decode(message.data)
+                decoded = decode(payload)
             except (msgspec.MsgspecError, ValueError, RecursionError) as error:
                 self._dropped += 1
                 log.warning("dropped an undecodable message on %s: %s", subject, error)
@@ -200,13 +203,17 @@ class Bus:
 
         # Rebound, never changed: `send` may be going through the list.
         self._local[subject] = [*self._local.get(subject, ()), handler]
-        await self._subscribe(subject, on_message, "", owner, handler)
+        await self._subscribe(subject, take, "", owner, handler)
 
     async def subscribe(
         self, subject: str, handler: Callable[[Msg], None], queue: str = "", owner: object = None
     ) -> None:
-        """Raw messages of a subject, wildcards allowed."""
-        await self._subscribe(subject, handler, queue, owner, None)
+        """Raw messages of a subject, wildcards allowed; without their headers."""
+
+        def take(subject: bytes, reply: bytes, payload: bytes) -> None:
+            handler(Msg(self._nats, subject.decode(), reply.decode(), payload))
+
+        await self._subscribe(subject, take, queue, owner, None)
 
     async def respond(self, subject: str, answer: Callable[[], bytes], owner: object = None) -> None:
         """Answer each request on a subject; those of this process too, which the broker does not bring back."""
@@ -221,22 +228,29 @@ class Bus:
     async def _subscribe(
         self,
         subject: str,
-        handler: Callable[[Msg], None],
+        take: Take,
         queue: str,
         owner: object,
         local: Callable[[Any], None] | None,
     ) -> None:
-        async def on_message(message: Msg) -> None:
+        def guarded(said: bytes, reply: bytes, payload: bytes) -> None:
             try:
-                handler(message)
+                take(said, reply, payload)
             except Refused as refused:
                 log.info("a message on %s has no answer: %s", subject, refused.detail)
+            except UnicodeDecodeError:
+                raise
             except Exception:
                 log.exception("a message on %s could not be handled", subject)
+
+        async def on_message(message: Msg) -> None:
+            """Of those that come past the short way: over a WebSocket."""
+            guarded(message.subject.encode(), message.reply.encode(), message.data)
 
         subscription = await self._nats.subscribe(
             subject, queue=queue, cb=on_message, pending_msgs_limit=65_536, pending_bytes_limit=256 << 20
         )
+        self._nats.takers[b"%d" % subscription._id] = guarded
         self._subscriptions.setdefault(subject, []).append(Listening(owner, subscription, local))
 
     async def unsubscribe(self, subject: str, owner: object = None) -> None:
@@ -260,6 +274,7 @@ class Bus:
         except PROTOCOL_ERRORS:
             log.info("left %s without a goodbye: the broker does not answer", subject)
         finally:  # or it would be subscribed to again with the next connection
+            self._nats.takers.pop(b"%d" % subscription._id, None)
             self._nats._remove_sub(subscription._id)
             with contextlib.suppress(TimeoutError):
                 await _at_most(GOODBYE_S, subscription._pending_queue.join())
@@ -280,60 +295,29 @@ class Bus:
         """Return when the server has taken all that was sent, or after `timeout` seconds."""
         try:
             async with asyncio.timeout(timeout):
-                while self._outbox and self.connected:  # noqa: ASYNC110 the sender needs a turn, not a signal
-                    await asyncio.sleep(0)
                 if self.connected:
                     await self._nats.flush(max(1, round(timeout)))
         except PROTOCOL_ERRORS:
             log.info("the broker did not confirm the last messages")
 
     async def close(self) -> None:
-        if self._sender is None:
+        if not self._begun:
             return  # never connected
         self._closing = True
-        self._outbox.clear()
-        self._outbox_bytes = 0
-        self._filled.set()
-        self._sender.cancel()  # which nats-py may swallow: then the loop ends by `_closing`
-        await asyncio.wait((self._sender,), timeout=GOODBYE_S)
+        self._nats.forget()
         try:
             if not self._nats.is_connected:
-                self._abort()  # nats-py would write what is pending to a socket that is closed
+                self._nats.cut()  # nats-py would write what is pending to a socket that is closed
             else:
                 await _at_most(GOODBYE_S, self._nats.flush(1))
         except PROTOCOL_ERRORS:
             log.info("closing at once: the broker does not answer")
-            self._abort()
+            self._nats.cut()
         try:
             await _at_most(GOODBYE_S, self._nats.close())
         except PROTOCOL_ERRORS as error:
             log.info("the connection did not close cleanly: %r", error)
-            self._abort()
-
-    def _abort(self) -> None:
-        """Cut the connection: nats-py waits without end until what it has written is taken."""
-        self._nats._pending = []
-        self._nats._pending_data_size = 0
-        writer = getattr(self._nats._transport, "_io_writer", None)  # none: over a WebSocket
-        if writer is not None:
-            writer.transport.abort()
-
-    async def _send_all(self) -> None:
-        """The only one who publishes: in order, and nothing into a broken connection's buffer."""
-        while not self._closing:
-            await self._filled.wait()
-            self._filled.clear()
-            while self._outbox:
-                subject, payload, reply, headers = self._outbox.popleft()
-                self._outbox_bytes -= len(payload)
-                if not self.connected:
-                    self._dropped += 1
-                    continue
-                try:
-                    await self._nats.publish(subject, payload, reply, headers)
-                except Exception as error:  # whatever it is, the next message must leave
-                    self._dropped += 1
-                    log.warning("a message to %s was not sent: %r", subject, error)
+            self._nats.cut()
 
     def _unconnected(self, error: Exception) -> Refused:
         reason = str(error) or type(error).__name__
@@ -414,8 +398,7 @@ class Bus:
             log.info("NATS: %s", error or type(error).__name__)
 
     async def _on_disconnected(self) -> None:
-        self._outbox.clear()
-        self._outbox_bytes = 0
+        self._nats.forget()
         if self._closing:
             return
         log.warning("lost the broker at %s", self.where)
@@ -434,6 +417,12 @@ class Bus:
     async def _on_lame_duck(self) -> None:
         log.info("the broker is going away: moving to another server")
         await self._nats.force_reconnect()
+
+
+def _headers(headers: dict[str, str]) -> bytes:
+    """As the protocol spells them; a value stays on its line."""
+    lines = "".join(f"{name}: {value.translate(LINE_ENDS).strip()}\r\n" for name, value in headers.items())
+    return f"NATS/1.0\r\n{lines}\r\n".encode()
 
 
 async def _at_most(seconds: float, work: Coroutine[Any, Any, None]) -> None:

@@ -170,7 +170,7 @@ def test_more_than_the_outbox_holds_is_refused_and_beats_are_left_out(nats_serve
                         bus.publish("test.flood", piece)
                 assert told.value.fault is Fault.OVERLOADED
                 dropped = bus.dropped
-                bus.broadcast("narsil.v1.test", Cancel("x" * (OUTBOX_BYTES - bus._outbox_bytes), ()))
+                bus.broadcast("narsil.v1.test", Cancel("x" * (OUTBOX_BYTES - bus.waiting_bytes), ()))
                 assert bus.dropped == dropped + 1
             finally:
                 nats_server.resume()
@@ -225,7 +225,7 @@ def test_a_frozen_broker_does_not_keep_a_process_from_ending(nats_server: NatsSe
         try:
             for _ in range(20):
                 bus.publish("test.flood", bytes(bus.max_payload))
-            await until(lambda: bus._nats.pending_data_size > 0)
+            await until(lambda: bus.waiting_bytes > 0)
             async with asyncio.timeout(5):
                 await bus.close()
             await until(lambda: asyncio.all_tasks() == {asyncio.current_task()})
@@ -245,7 +245,7 @@ def test_leaving_a_subject_of_a_frozen_broker_is_bounded(nats_server: NatsServer
             try:
                 for _ in range(20):
                     bus.publish("test.flood", bytes(bus.max_payload))
-                await until(lambda: bus._nats.pending_data_size > 0)
+                await until(lambda: bus.waiting_bytes > 0)
                 async with asyncio.timeout(4):
                     await bus.unsubscribe("test.left")
             finally:
