@@ -11,6 +11,9 @@ if TYPE_CHECKING:
     from narsil_stream.actors.simulation.batcher import Batcher
 
 
+LEAST_URGENT = 255
+
+
 class Turns:
     """One tenant's waiting tickets of one class."""
 
@@ -107,8 +110,10 @@ class Fairness:
     def _check_starving(self, executor: str, taken: list[Ticket], rows: int, now: int) -> None:
         """Aged work has its turn before more than its share allows has gone before it."""
         share, most = self._rules.ageing, self._rules.max_rows
-        urgent = min(ticket.priority for ticket in taken)
-        if not share or self._rules.linger_us or any(ticket.priority > urgent for ticket in taken):
+        if not share or self._rules.linger_us:
+            return
+        urgent = min(self._most_urgent(executor), *(ticket.priority for ticket in taken))
+        if any(ticket.priority > urgent for ticket in taken):  # it had its turn
             self._starved = 0
             return
         if not self._starves(executor, urgent, now):
@@ -117,6 +122,17 @@ class Fairness:
         self._starved += rows
         if self._starved > most / share + 2 * most:
             self._fail(f"has taken {self._starved} rows while aged work of a less urgent class waits")
+
+    def _most_urgent(self, executor: str) -> int:
+        """Class of what waits for this executor."""
+        known = self._batcher.policy.executors[executor]
+        classes = [
+            priority
+            for model in known.models
+            for priority, turns in self._classes.get(model, {}).items()
+            if any(own.count for own in turns.values())
+        ]
+        return min(classes, default=LEAST_URGENT)
 
     def _starves(self, executor: str, urgent: int, now: int) -> bool:
         """Whether a less urgent class waits, with all of its tenants' first tickets aged, that this executor serves."""
