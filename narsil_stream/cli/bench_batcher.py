@@ -1,4 +1,4 @@
-"""A batcher by itself: `python -m narsil_stream.bench.batching [--profile]`.
+"""A batcher by itself: `python -m narsil_stream.cli.bench_batcher [--profile]`.
 
 The real actor with a bus that goes nowhere and an executor that answers at once. Processor time of this thread for each
 request, in µs, best of several runs: what our own code costs, with neither sockets nor nats-py.
