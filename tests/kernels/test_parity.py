@@ -3,6 +3,7 @@
 Limits and measures stand in `bench/parity.py`, which prints the same as a table.
 """
 
+import functools
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -29,21 +30,18 @@ FAMILIES = [
     *(pytest.param(f, id=str(f).replace(" ", "-"), marks=GPU) for f in parity.NATIVE),
 ]
 MODELS = [(kind, rows) for kind, types in parity.KINDS.items() for rows in types]
-Models = dict[tuple[parity.Kind, RowType], Artifact]
-Questions = dict[tuple[parity.Kind, RowType, str], list[parity.Question]]
 
 
-@pytest.fixture(scope="session")
-def models() -> Models:
-    """Trained on 20,000 synthetic clicks, in each row type."""
-    full = {kind: parity.trained(kind, 20_000) for kind in parity.KINDS}
-    return {(k, t): m if t == "FP32" else quantize(m, t) for k, m in full.items() for t in parity.ROWS}
+@functools.cache
+def model(kind: parity.Kind, rows: RowType) -> Artifact:
+    """Trained on 20,000 synthetic clicks, when a test first asks for it."""
+    return parity.trained(kind, 20_000) if rows == "FP32" else quantize(model(kind, "FP32"), rows)
 
 
-@pytest.fixture(scope="session")
-def questions(models: Models) -> Questions:
+@functools.cache
+def questions(kind: parity.Kind, rows: RowType, bags: str) -> list[parity.Question]:
     """What the reference says is asked once, for all families."""
-    return {(*key, bags): parity.questions(models[key], bags) for key in MODELS for bags in parity.BAGS}
+    return parity.questions(model(kind, rows), bags)
 
 
 @pytest.fixture(params=FAMILIES, scope="module")
@@ -59,13 +57,13 @@ def key(request: pytest.FixtureRequest, family: parity.Family) -> tuple[parity.K
 
 
 @pytest.fixture(scope="module")
-def backend(family: parity.Family, models: Models, key: tuple[parity.Kind, RowType]) -> Iterator[Backend]:
-    loaded = _load(family, models[key])
+def backend(family: parity.Family, key: tuple[parity.Kind, RowType]) -> Iterator[Backend]:
+    loaded = _load(family, model(*key))
     yield loaded
     loaded.unload()
 
 
-def _load(family: parity.Family, model: Artifact) -> Backend:
+def _load(family: parity.Family, artifact: Artifact) -> Backend:
     """Warmed up. Skips what this machine cannot compute."""
     if family.name.startswith("torch"):
         from narsil_stream.kernels.torch_family.devices import resolve
@@ -75,7 +73,7 @@ def _load(family: parity.Family, model: Artifact) -> Backend:
             resolve(family.name.split()[-1], family.precision)
         except torch_family.Unavailable as error:
             pytest.skip(str(error))
-    loaded = family.load(model)
+    loaded = family.load(artifact)
     loaded.warm_up(parity.MAX_ROWS)
     return loaded
 
@@ -104,11 +102,11 @@ def test_each_way_of_the_native_kernels_scores_trained_models(
 
 @pytest.mark.parametrize("bags", parity.BAGS)
 def test_scores_and_logits_stay_within_the_precisions_limit(
-    backend: Backend, family: parity.Family, questions: Questions, key: tuple[parity.Kind, RowType], bags: str
+    backend: Backend, family: parity.Family, key: tuple[parity.Kind, RowType], bags: str
 ) -> None:
     """At and around every bucket: a wrong row, column or padding is off by far more."""
     limit = family.limit(key[1])
-    for question in questions[(*key, bags)]:
+    for question in questions(*key, bags):
         found = parity.apart(backend, question)
         assert found.score <= limit.score, f"{question.batch.rows} rows"
         assert found.logit <= limit.logit, f"{question.batch.rows} rows"
@@ -158,15 +156,15 @@ def test_empty_batches_and_empty_bags_are_no_exception(backend: Backend, family:
 
 
 @pytest.mark.parametrize("kind", parity.KINDS, ids=str)
-def test_int8_rows_stay_near_fp32_scores(models: Models, kind: parity.Kind) -> None:
+def test_int8_rows_stay_near_fp32_scores(kind: parity.Kind) -> None:
     """What `narsil model quantize` costs on a trained model."""
-    (question,) = parity.questions(models[kind, "FP32"], "one-hot", (5_000,))
-    assert parity.apart(Reference(models[kind, "INT8"]), question).score <= parity.INT8_TO_FP32
+    (question,) = parity.questions(model(kind, "FP32"), "one-hot", (5_000,))
+    assert parity.apart(Reference(model(kind, "INT8")), question).score <= parity.INT8_TO_FP32
 
 
 @pytest.mark.parametrize("kind", [kind for kind in parity.KINDS if kind.dim == 16], ids=str)
-def test_int8_rows_rank_as_well_as_fp32_rows(models: Models, kind: parity.Kind) -> None:
+def test_int8_rows_rank_as_well_as_fp32_rows(kind: parity.Kind) -> None:
     """On 100,000 rows that neither has seen."""
-    before, after = parity.auc_drift(models[kind, "FP32"], models[kind, "INT8"])
+    before, after = parity.auc_drift(model(kind, "FP32"), model(kind, "INT8"))
     assert before > 0.65, "the model has learned nothing: comparing it says nothing"
     assert abs(before - after) <= parity.AUC_DRIFT
