@@ -15,7 +15,7 @@ from narsil_stream.core.criteo import Parser
 from narsil_stream.kernels import torch_family
 from narsil_stream.kernels.artifact import Artifact, read
 from narsil_stream.kernels.backend import Backend, RaggedBatch
-from narsil_stream.kernels.init import criteo_spec, random_batch
+from narsil_stream.kernels.init import criteo_spec
 from narsil_stream.kernels.quantize import quantize
 from narsil_stream.kernels.reference import Reference
 from narsil_stream.kernels.train import Settings, train
@@ -76,28 +76,6 @@ def _load(family: parity.Family, artifact: Artifact) -> Backend:
     loaded = family.load(artifact)
     loaded.warm_up(parity.MAX_ROWS)
     return loaded
-
-
-AROUND_BUCKETS = [size + off for size in (128, 256, 512, 1024, 2048) for off in (-1, 0, 1)]
-
-
-@pytest.mark.gpu
-@pytest.mark.parametrize(("kernels", "split"), [("layers", 0), ("fused", 1), ("fused", 4)])
-@pytest.mark.parametrize("bags", parity.BAGS)
-def test_each_way_of_the_native_kernels_scores_trained_models(
-    models: Models, rows: RowType, kernels: str, split: int, bags: str
-) -> None:
-    """The backend chooses one way for a GPU, a model and a batch: the others must be as right."""
-    from narsil_stream.kernels.native.engine import Engine, Options
-
-    model = models["dlrm-dot", rows]
-    engine = Engine(model, Options(kernels=kernels, split=split, max_rows=2048))
-    for size in AROUND_BUCKETS:
-        batch = random_batch(model.spec, size, seed=size, bag=parity.BAGS[bags])
-        found = parity.apart(engine, model, batch)
-        assert found.score <= parity.LIMITS["fp16"].score, f"{size} rows"
-        assert found.logit <= parity.LIMITS["fp16"].logit, f"{size} rows"
-    engine.close()
 
 
 @pytest.mark.parametrize("bags", parity.BAGS)
