@@ -18,7 +18,7 @@ from narsil_stream.actors.simulation.weather import KINDS, Faults
 from narsil_stream.actors.simulation.world import LEASE_US, RULES, World
 from narsil_stream.schemas.internal import ModelRef
 
-SEEDS = 10_000
+SEEDS = 2_000
 """In one test, over all processors: under pytest-xdist, too, they run once."""
 REGRESSIONS = {
     1: "work waited for up to 20 ms beside an idle executor, because who had it had asked for a slot too recently",
