@@ -19,6 +19,9 @@ class Rules(Struct, frozen=True):
     linger_us: int = 0
     coalesce: bool = True
     """False: one request is one batch (mode `worker`)."""
+    slo_us: int = 0
+    """The p99 that row cap and linger are tuned to; 0: they are as configured."""
+    consolidate: bool = False
 
 
 def rules(config: Config, max_bytes: int) -> Rules:
@@ -34,6 +37,8 @@ def rules(config: Config, max_bytes: int) -> Rules:
         failover_factor=timing.failover_factor,
         linger_us=batch.linger_us,
         coalesce=config.mode != "worker",
+        slo_us=int(batch.slo_p99_ms * 1_000),
+        consolidate=batch.consolidate,
     )
 
 

@@ -1,9 +1,10 @@
 """The batcher's waiting room: earliest deadline first inside a priority class. Pure; times in monotonic µs."""
 
 import enum
+import sys
 from bisect import insort
 from collections import defaultdict
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
@@ -40,6 +41,11 @@ class Ticket:
     deadline_us: int
     payload: Any = None
     state: State = State.WAITING
+    work: int = 0
+    """In rows, for predicted times: more than `rows` where bags hold more ids than one. 0: as many as `rows`."""
+
+    def __post_init__(self) -> None:
+        self.work = self.work or self.rows
 
 
 @dataclass(slots=True, eq=False)
@@ -52,9 +58,9 @@ class Line:
 
     entries: list[tuple[int, int, Ticket]] = field(default_factory=list)
     count: int = 0
-    rows: int = 0
+    work: int = 0
     due: defaultdict[int, int] = field(default_factory=lambda: defaultdict(int))
-    """Rows by the step of their deadline."""
+    """Work by the step of its deadline."""
 
     def first(self) -> Ticket:
         """The most urgent waiting ticket; there is one."""
@@ -66,14 +72,14 @@ class Line:
     def add(self, ticket: Ticket) -> None:
         insort(self.entries, (ticket.deadline_us, ticket.id, ticket))
         self.count += 1
-        self.rows += ticket.rows
-        self.due[ticket.deadline_us >> STEP] += ticket.rows
+        self.work += ticket.work
+        self.due[ticket.deadline_us >> STEP] += ticket.work
 
     def discount(self, ticket: Ticket) -> None:
         step = ticket.deadline_us >> STEP
         self.count -= 1
-        self.rows -= ticket.rows
-        self.due[step] -= ticket.rows
+        self.work -= ticket.work
+        self.due[step] -= ticket.work
         if not self.due[step]:
             del self.due[step]
 
@@ -95,9 +101,16 @@ class Line:
         if len(self.entries) > 2 * self.count + 64:
             self.entries = [entry for entry in self.entries if entry[2].state is State.WAITING]
 
-    def rows_until(self, deadline_us: int) -> int:
+    def work_until(self, deadline_us: int) -> int:
         last = deadline_us >> STEP
-        return sum(rows for step, rows in self.due.items() if step <= last)
+        return sum(work for step, work in self.due.items() if step <= last)
+
+
+    def after(self, deadline_us: int) -> Iterator[tuple[int, int]]:
+        work, last = 0, deadline_us >> STEP
+        for step in sorted(step for step in self.due if step > last):
+            work += self.due[step]
+            yield (step << STEP) - deadline_us, work
 
 
 @dataclass(slots=True, eq=False)
@@ -134,18 +147,32 @@ class Queue:
         """The most urgent waiting ticket."""
         return self.lines[min(self.lines)].first() if self.lines else None
 
-    def cut(self, max_rows: int, max_bytes: int, coalesce: bool = True) -> list[Ticket]:
-        """Takes out the next batch: the most urgent ticket, and those behind it until the first that does not fit."""
-        rows = size = 0
+    def cut(
+        self, max_rows: int, max_bytes: int, coalesce: bool = True, in_time: Callable[[int], int] | None = None
+    ) -> list[Ticket]:
+        """Takes out the next batch: the most urgent ticket, and those behind it until the first that does not fit.
+
+        `in_time`: how much work still meets a deadline. The earliest one of the batch bounds it.
+        """
+        rows = size = work = 0
+        due_us = most = sys.maxsize
         full = False
 
         def fits(ticket: Ticket) -> bool:
-            nonlocal rows, size, full
-            if rows and (not coalesce or rows + ticket.rows > max_rows or size + ticket.bytes > max_bytes):
+            nonlocal rows, size, work, due_us, most, full
+            if in_time is not None and ticket.deadline_us < due_us:
+                due_us, most = ticket.deadline_us, in_time(ticket.deadline_us)
+            if rows and (
+                not coalesce
+                or rows + ticket.rows > max_rows
+                or size + ticket.bytes > max_bytes
+                or work + ticket.work > most
+            ):
                 full = True
                 return False
             rows += ticket.rows
             size += ticket.bytes
+            work += ticket.work
             return True
 
         tickets: list[Ticket] = []
@@ -169,13 +196,23 @@ class Queue:
         """Over all lines."""
         return min((line.first().deadline_us for line in self.lines.values()), default=None)
 
-    def rows_ahead(self, priority: int, deadline_us: int) -> int:
-        """Rows that would be served before a ticket of this priority and deadline, to the step."""
+    @property
+    def work(self) -> int:
+        return sum(line.work for line in self.lines.values())
+
+    def work_ahead(self, priority: int, deadline_us: int) -> int:
+        """Work that would be served before a ticket of this priority and deadline, to the step."""
         return sum(
-            line.rows if of < priority else line.rows_until(deadline_us)
+            line.work if of < priority else line.work_until(deadline_us)
             for of, line in self.lines.items()
             if of <= priority
         )
+
+    def behind(self, priority: int, deadline_us: int) -> Iterator[tuple[int, int]]:
+        """Tickets of this priority with later deadlines: how much later, to the step, and the work from there up to
+        them, themselves included."""
+        line = self.lines.get(priority)
+        return line.after(deadline_us) if line else iter(())
 
     def _take_all(self, fits: Callable[[Ticket], bool]) -> list[Ticket]:
         return [ticket for priority in sorted(self.lines) for ticket in self._take(priority, fits)]

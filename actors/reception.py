@@ -7,6 +7,7 @@ from narsil_stream.actors.batcher_metrics import BatcherMetrics
 from narsil_stream.actors.catalogue import Catalogue
 from narsil_stream.actors.queue import Ticket
 from narsil_stream.actors.scheduling import Scheduler
+from narsil_stream.actors.service_time import work_of
 from narsil_stream.core.actor import now_us, unix_us
 from narsil_stream.core.admission import Rows
 from narsil_stream.core.config import BatchConfig
@@ -74,7 +75,7 @@ class Reception:
         self._tickets += 1
         return Ticket(
             self._tickets, key, rows.count, rows.nbytes, request.priority or DEFAULT_PRIORITY, now, now + budget_us,
-            Work(rows, caller),
+            Work(rows, caller), work=work_of(rows.count, rows.ids.nbytes // 4, admission.spec.n_sparse),
         )  # fmt: skip
 
     def _refuse_stale(self, request: InferRequest, budget_us: int) -> None:

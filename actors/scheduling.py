@@ -10,8 +10,10 @@ culprit.
 from collections.abc import Iterator
 from itertools import chain
 
+from narsil_stream.actors.adaptive import Controller
 from narsil_stream.actors.decisions import Decision, Dispatch, Drop, Plead, Rules
 from narsil_stream.actors.flights import DEMAND_EVERY_US, Executor, Fleet, Flight, Group
+from narsil_stream.actors.patience import in_order, spared_us, staged_us
 from narsil_stream.actors.queue import ModelKey, Queue, State, Ticket
 from narsil_stream.actors.service_time import Pace, ServiceTimes
 from narsil_stream.schemas.errors import Fault, Refused, named
@@ -36,6 +38,7 @@ class Scheduler:
         self.queues: dict[ModelKey, Queue] = {}
         self.retries: list[Group] = []
         self.times = ServiceTimes()
+        self.tuner = Controller(rules.slo_us, rules.max_rows, rules.linger_us)
         self.paces: dict[ModelKey, Pace] = {}
         self._batches = 0
         self._decided_us = 0
@@ -51,6 +54,11 @@ class Scheduler:
     def bytes(self) -> int:
         """Bytes waiting."""
         return sum(queue.bytes for queue in self.queues.values())
+
+    @property
+    def may_wait(self) -> bool:
+        """Whether work may wait although an executor is free."""
+        return bool(self.tuner.linger_us or self.rules.consolidate)
 
     # What happens
 
@@ -70,9 +78,11 @@ class Scheduler:
         if rows + ticket.rows > rules.queue_rows or self.bytes + ticket.bytes > rules.queue_bytes:
             wait_us = self._wait_us(serving, now_us)
             raise Refused(Fault.OVERLOADED, f"the queue is full: {rows} rows wait", max(wait_us, 1_000))
+        budget_us = ticket.deadline_us - now_us
+        if self.times.hopeless(ticket.model, ticket.work, budget_us - self.times.overhead_us, now_us):
+            raise Refused(Fault.DEADLINE_EXCEEDED, f"scoring it takes longer than its budget of {budget_us} us")
         late_us = self._late_by(ticket, serving, now_us)
         if late_us > 0:
-            budget_us = ticket.deadline_us - ticket.arrived_us
             raise Refused(
                 Fault.OVERLOADED,
                 f"the wait would be {budget_us + late_us} us; the budget is {budget_us} us",
@@ -114,11 +124,11 @@ class Scheduler:
         flight = executor.flights.pop(result.batch, None)
         if flight is None:
             return [], []
-        executor.landed_us = now_us
+        landed_us, executor.landed_us = executor.landed_us, now_us
         group = flight.group
         size = result.scores.nbytes
         if size == flight.rows * FLOAT_BYTES:
-            self.times.observe(group.model, flight.rows, result.service_us)
+            self._learn(flight, result.service_us, alone=landed_us <= flight.sent_us, now_us=now_us)
             tickets = [] if group.done else flight.tickets
             group.done = True
             return tickets, []
@@ -145,7 +155,10 @@ class Scheduler:
         decisions += self._lost_executors(now_us)
         decisions += self._expired(now_us)
         decisions += self._unserved()
+        decisions += self._hopeless(now_us)
         self._overdue(now_us)
+        self.tuner.follow(self.rules.slo_us, self.rules.max_rows, self.rules.linger_us)
+        self.tuner.adjust(len(self.executors), now_us)
         decisions += self._dispatches(now_us)
         decisions += self._pleas(now_us)
         return decisions
@@ -193,19 +206,45 @@ class Scheduler:
 
     # Admission
 
+    def _learn(self, flight: Flight, service_us: int, alone: bool, now_us: int) -> None:
+        work = sum(ticket.work for ticket in flight.tickets)
+        self.times.observe(flight.group.model, work, service_us, now_us)
+        if alone:
+            self.times.carried(now_us - flight.sent_us - service_us)
+        arrivals = (ticket.arrived_us for ticket in flight.tickets if ticket.state is State.IN_FLIGHT)
+        self.tuner.answered(arrivals, flight.rows, flight.sent_us, service_us, now_us)
+
     def _late_by(self, ticket: Ticket, serving: list[Executor], now_us: int) -> int:
         """By how much the predicted answer misses the ticket's deadline; counts only what would be served before it.
 
         Never late is who finds an executor with nothing to do: or one slow pass, once measured, would have every
         request refused for good.
         """
-        room_us = ticket.deadline_us - now_us - self.times.predict(ticket.model, ticket.rows)
+        queue = self.queues.get(ticket.model)
+        batch = min(self.tuner.cap_rows, ticket.work + (queue.work if queue else 0))
+        room_us = ticket.deadline_us - now_us - self.times.predict(ticket.model, max(batch, ticket.work))
         late_us = int(MARGIN * self._wait_us(serving, now_us)) - room_us
         if late_us <= 0:
             return late_us
         if not self.rows and any(executor.free and not executor.flights for executor in serving):
             return 0
-        return int(MARGIN * self._wait_us(serving, now_us, ticket)) - room_us
+        wait_us = self._wait_us(serving, now_us, ticket)
+        late_us = int(MARGIN * wait_us) - room_us
+        if late_us > 0 or queue is None:
+            return late_us
+        return max(late_us, self._pushes_out(ticket, queue, wait_us, len(serving), now_us))
+
+    def _pushes_out(self, ticket: Ticket, queue: Queue, wait_us: int, executors: int, now_us: int) -> int:
+        """By how much one of its priority that was admitted before, and is served after it, would miss its deadline."""
+        per_work = max(self.times.us_per_row(ticket.model) / executors, self._paced(ticket.model, queue))
+        room_us = ticket.deadline_us - now_us - self.times.predict(ticket.model, self.tuner.cap_rows)
+        return max(
+            (
+                int(MARGIN * (wait_us + (ticket.work + between) * per_work)) - room_us - later_us
+                for later_us, between in queue.behind(ticket.priority, ticket.deadline_us)
+            ),
+            default=0,
+        )
 
     def _wait_us(self, serving: list[Executor], now_us: int, ticket: Ticket | None = None) -> int:
         """Predicted time until `ticket`, or one behind all others, starts: what is before it, shared out."""
@@ -213,12 +252,15 @@ class Scheduler:
         paced_us = 0.0
         for model, queue in self.queues.items():
             if queue.count and any(model in executor.models for executor in serving):
-                rows = queue.rows if ticket is None else queue.rows_ahead(ticket.priority, ticket.deadline_us)
-                ahead_us += rows * self.times.us_per_row(model)
-                pace = self.paces.get(model)
-                if pace is not None and queue.since_us <= pace.cut_us:
-                    paced_us = max(paced_us, rows * pace.us_per_row)
+                work = queue.work if ticket is None else queue.work_ahead(ticket.priority, ticket.deadline_us)
+                ahead_us += work * self.times.us_per_row(model)
+                paced_us = max(paced_us, work * self._paced(model, queue))
         return int(max(paced_us, ahead_us / max(1, len(serving))))
+
+    def _paced(self, model: ModelKey, queue: Queue) -> float:
+        """µs for each row at which the queue moves; 0 while it is not known."""
+        pace = self.paces.get(model)
+        return pace.us_per_row if pace is not None and queue.since_us <= pace.cut_us else 0.0
 
     # Endings
 
@@ -236,6 +278,23 @@ class Scheduler:
                 yield self._drop(ticket, Fault.DEADLINE_EXCEEDED, "the budget ran out while scoring")
         if self.retries:
             self.retries = [group for group in self.retries if not group.done]
+
+    def _hopeless(self, now_us: int) -> Iterator[Drop]:
+        """What cannot be scored in time any more, even alone: computing it would make others late."""
+        for model, queue in self.queues.items():
+            while (head := queue.head()) is not None and self._too_late(head, now_us):
+                queue.cancel(head)
+                yield self._drop(head, Fault.DEADLINE_EXCEEDED, "too little of the budget is left to score it")
+
+    def _hopeless_us(self, ticket: Ticket) -> int:
+        """From when on it cannot make it on an executor that is free then."""
+        needs_us = self.times.at_least(ticket.model, ticket.work) + self.times.overhead_us
+        return ticket.deadline_us - needs_us + 1
+
+    def _too_late(self, ticket: Ticket, now_us: int) -> bool:
+        soonest_us = min((executor.remaining_us(now_us) for executor in self.executors.serving(ticket.model)), default=0)
+        within_us = ticket.deadline_us - now_us - soonest_us - self.times.overhead_us
+        return self.times.hopeless(ticket.model, ticket.work, within_us, now_us)
 
     def _excuse_own_pause(self, now_us: int) -> None:
         """Heartbeats that came while this process itself stood still are not read yet: nobody is dead for that."""
@@ -324,7 +383,7 @@ class Scheduler:
     def _dispatches(self, now_us: int) -> Iterator[Dispatch]:
         while self.retries or any(queue.count for queue in self.queues.values()):
             ready = [executor for executor in self.executors.values() if executor.up and executor.free]
-            for executor in sorted(ready, key=lambda executor: len(executor.flights)):
+            for executor in in_order(ready, self.rules.consolidate):
                 group = self._retry_for(executor) or self._cut(executor, now_us)
                 if group is not None:
                     yield self._dispatch(executor, group, now_us)
@@ -355,26 +414,49 @@ class Scheduler:
         ready = [
             (head.priority, head.deadline_us, head.id, model)
             for model, queue in self.queues.items()
-            if model in executor.models and (head := queue.head()) is not None and self._ripe_us(model, queue) <= now_us
+            if model in executor.models
+            and (head := queue.head()) is not None
+            and self._ripe_us(model, queue) <= now_us
+            and self._held_back_us(executor, model, queue, now_us) <= now_us
         ]
         if not ready:
             return None
         model = min(ready)[3]
         queue = self.queues[model]
-        before, since_us = queue.rows, queue.since_us
-        tickets = queue.cut(rules.max_rows, rules.max_bytes, rules.coalesce)
-        self.paces.setdefault(model, Pace()).cut(before - queue.rows, since_us, now_us)
+        starts_us = now_us + executor.remaining_us(now_us) + self.times.overhead_us
+
+        def in_time(due_us: int) -> int:
+            return self.times.most(model, due_us - starts_us, max(queue.work, 1))
+
+        before, since_us = queue.work, queue.since_us
+        tickets = queue.cut(self.tuner.cap_rows, rules.max_bytes, rules.coalesce, in_time)
+        self.paces.setdefault(model, Pace()).cut(before - queue.work, since_us, now_us)
+        self.tuner.cut(queue.count > 0)
         return Group(model, tickets)
+
+    def _held_back_us(self, executor: Executor, model: ModelKey, queue: Queue, now_us: int) -> int:
+        """Until when this executor gets nothing of a queue that would not fill a batch, though it has a slot."""
+        if queue.rows >= self.tuner.cap_rows or queue.bytes >= self.rules.max_bytes or not self.rules.coalesce:
+            return 0
+        until_us = staged_us(executor, self.times.overhead_us, now_us)
+        due_us = queue.earliest_deadline()
+        if self.rules.consolidate and due_us is not None:
+            if self.rules.slo_us:
+                due_us = min(due_us, queue.since_us + self.rules.slo_us)
+            pass_us = self.times.predict(model, queue.work)
+            until_us = max(until_us, spared_us(executor, self.executors.serving(model), pass_us, due_us, now_us))
+        return until_us
 
     def _ripe_us(self, model: ModelKey, queue: Queue) -> int:
         """Until when a batch may wait for company: not at all unless there is a linger."""
         rules = self.rules
         due_us = queue.earliest_deadline()
-        if not rules.linger_us or not rules.coalesce or due_us is None:
+        if not self.tuner.linger_us or not rules.coalesce or due_us is None:
             return 0
-        if queue.rows >= rules.max_rows or queue.bytes >= rules.max_bytes:
+        if queue.rows >= self.tuner.cap_rows or queue.bytes >= rules.max_bytes:
             return 0
-        return min(queue.since_us + rules.linger_us, due_us - self.times.predict(model, queue.rows))
+        needs_us = self.times.predict(model, queue.work) + self.times.overhead_us
+        return min(queue.since_us + self.tuner.linger_us, due_us - needs_us)
 
     def _dispatch(self, executor: Executor, group: Group, now_us: int) -> Dispatch:
         rules = self.rules
@@ -382,7 +464,7 @@ class Scheduler:
         rows = sum(ticket.rows for ticket in tickets)
         self._batches += 1
         group.sends += 1
-        predicted_us = self.times.predict(group.model, rows)
+        predicted_us = self.times.predict(group.model, sum(ticket.work for ticket in tickets))
         patience_us = int(rules.failover_factor * (executor.remaining_us(now_us) + predicted_us))
         patience_us = max(patience_us, rules.failover_floor_us, 0 if predicted_us else rules.lease_us)
         slot = executor.spend()
@@ -443,11 +525,14 @@ class Scheduler:
 
     def _alarms(self, now_us: int) -> Iterator[int]:
         for model, queue in self.queues.items():
-            due_us = queue.earliest_deadline()
-            if due_us is not None:
+            due_us, head = queue.earliest_deadline(), queue.head()
+            if due_us is not None and head is not None:
                 yield due_us
-                if self.rules.linger_us and (ripe_us := self._ripe_us(model, queue)) > now_us:
+                if (hopeless_us := self._hopeless_us(head)) > now_us:
+                    yield hopeless_us
+                if self.tuner.linger_us and (ripe_us := self._ripe_us(model, queue)) > now_us:
                     yield ripe_us
+                yield from self._looks_again(model, queue, now_us)
         for group in self.retries:
             if not group.done and (due_us := group.earliest_deadline()) is not None:
                 yield due_us
@@ -462,6 +547,11 @@ class Scheduler:
                 yield executor.demanded_us + DEMAND_EVERY_US
             if executor.free and any(self._may_take(executor, group) for group in self.retries):
                 yield now_us
+
+    def _looks_again(self, model: ModelKey, queue: Queue, now_us: int) -> Iterator[int]:
+        for executor in self.executors.serving(model):
+            if executor.free and (held_us := self._held_back_us(executor, model, queue, now_us)) > now_us:
+                yield held_us
 
     def _groups(self) -> Iterator[Group]:
         """What was cut and may still be answered; one that flies twice comes twice."""

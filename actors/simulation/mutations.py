@@ -34,9 +34,9 @@ def _reversed_classes(cut: Callable[..., list[Ticket]]) -> Callable[..., list[Ti
     def reverse(queue: Queue) -> None:
         queue.lines = {-priority: line for priority, line in queue.lines.items()}
 
-    def wrong(self: Queue, max_rows: int, max_bytes: int, coalesce: bool = True) -> list[Ticket]:
+    def wrong(self: Queue, *limits: Any) -> list[Ticket]:
         reverse(self)
-        tickets = cut(self, max_rows, max_bytes, coalesce)
+        tickets = cut(self, *limits)
         reverse(self)
         return tickets
 

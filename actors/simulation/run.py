@@ -32,9 +32,15 @@ class Outcome:
 
 
 def rules_of(seed: int) -> Rules:
-    """Mostly the plain ones; some runs have a linger, some take each request alone."""
+    """Mostly the plain ones; some runs have a linger, a target, consolidation, some take each request alone."""
     rng = random.Random(seed)
-    return replace(RULES, coalesce=rng.random() > 0.1, linger_us=rng.choice((0,) * 9 + (2_000,)))
+    return replace(
+        RULES,
+        coalesce=rng.random() > 0.1,
+        linger_us=rng.choice((0,) * 9 + (2_000,)),
+        slo_us=rng.choice((0,) * 4 + (5_000,)),
+        consolidate=rng.random() < 0.1,
+    )
 
 
 def simulate(seed: int, traced: bool = False, rules: Rules | None = None) -> Outcome:

@@ -95,7 +95,7 @@ def test_cancelled_tickets_do_not_pile_up_behind_a_waiting_one():
     assert queue.count == 1
 
 
-def test_rows_ahead_are_those_of_more_urgent_priorities_and_earlier_deadlines():
+def test_work_ahead_are_those_of_more_urgent_priorities_and_earlier_deadlines():
     """The predicted wait decides on refusal: who comes later does not count."""
     step = 1 << 12
     queue = filled(
@@ -104,9 +104,9 @@ def test_rows_ahead_are_those_of_more_urgent_priorities_and_earlier_deadlines():
         ticket(rows=4, priority=2, deadline_us=5 * step),
         ticket(rows=8, priority=3, deadline_us=1 * step),
     )
-    assert queue.rows_ahead(1, 8 * step) == 0
-    assert queue.rows_ahead(2, 3 * step) == 1 + 2
-    assert queue.rows_ahead(2, 5 * step) == 1 + 2 + 4
+    assert queue.work_ahead(1, 8 * step) == 0
+    assert queue.work_ahead(2, 3 * step) == 1 + 2
+    assert queue.work_ahead(2, 5 * step) == 1 + 2 + 4
 
 
 def test_the_accounts_agree_with_the_content_whatever_happens():
@@ -132,6 +132,6 @@ def test_the_accounts_agree_with_the_content_whatever_happens():
         assert queue.bytes == sum(one.bytes for one in inside)
         assert queue.head() is min(inside, key=lambda t: (t.priority, t.deadline_us, t.id), default=None)
         assert queue.earliest_deadline() == min((one.deadline_us for one in inside), default=None)
-        assert queue.rows_ahead(9, 0) == queue.rows
+        assert queue.work_ahead(9, 0) == queue.work
     assert sorted(queue.drain(), key=id) == sorted(inside, key=id)
     assert (queue.rows, queue.bytes, queue.count, queue.lines) == (0, 0, 0, {})

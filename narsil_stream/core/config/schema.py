@@ -267,6 +267,24 @@ class BatchConfig(Struct, frozen=True, forbid_unknown_fields=True):
             "fuller batches, later answers.",
         ),
     ] = 0
+    slo_p99_ms: Annotated[
+        float,
+        Meta(
+            ge=0,
+            le=60_000,
+            description="Target for the p99 from arrival in the batcher to the scores, ms (20 or 20ms): row cap and "
+            "linger of batches are tuned to it, up to `max_rows` and from `linger_us` on. 0: they stay as configured. "
+            "Larger: fuller batches, later answers. It refuses nobody: budgets do.",
+            extra={"flag": "--slo-p99", "unit": "ms"},
+        ),
+    ] = 0.0
+    consolidate: Annotated[
+        bool,
+        Meta(
+            description="Keep batches full by using as few executors as meet the deadlines. Fewer passes, later "
+            "answers; for two executors or more."
+        ),
+    ] = False
     default_budget_us: Annotated[
         int,
         Meta(

@@ -1,0 +1,189 @@
+"""Tunes the row cap and the linger of batches to a latency target. Pure: measurements and the time go in; times in µs.
+
+What is measured is the p99 of waiting (arrival to cut) and of service (cut to result). A long wait is answered with
+larger batches, never with smaller ones: it means that work comes faster than it goes. Only a long service is a reason
+for smaller ones, and only if these still keep up with what comes.
+"""
+
+from collections import Counter
+from collections.abc import Iterable
+
+from narsil_stream.actors.service_time import Curve
+
+WINDOW_US = 200_000
+ENOUGH = 200
+"""Answers that a p99 is taken from; a window lasts until it has so many, but no longer than this:"""
+LONGEST_US = 2_000_000
+ROOM = 0.7
+"""Of the target: below it there is room for longer service or a linger. Up to the target nothing changes."""
+SHARE = 0.5
+"""Of the target: so long may service take. The other half is for the batch that is under way when a request comes."""
+STEP = 0.75
+"""Cap times this, or through this."""
+SPARE = 1.2
+"""A smaller cap must keep up with so many times the rows that come."""
+BUSY = 0.3
+"""Executors that work less of the time gain nothing from fewer, fuller batches."""
+CALM, CALMEST = 2, 32
+"""Windows in a row that must agree before a step; doubled whenever a step takes back the one before."""
+
+
+class Spread:
+    """Counts of durations in steps of a sixteenth, for quantiles that are right to 6 %."""
+
+    def __init__(self) -> None:
+        self._counts: Counter[int] = Counter()
+
+    def add(self, us: int, times: int = 1) -> None:
+        shift = max(0, us.bit_length() - 5)
+        self._counts[(shift << 4) + (us >> shift)] += times
+
+    def quantile(self, share: float) -> int:
+        """The upper end of the step that it lies in; 0: nothing was added."""
+        left = (1 - share) * self._counts.total()
+        for step in sorted(self._counts, reverse=True):
+            left -= self._counts[step]
+            if left < 0:
+                shift = max(0, (step >> 4) - 1)
+                return ((step - (shift << 4) + 1) << shift) - 1
+        return 0
+
+
+class Window:
+    """What was measured since the last adjustment."""
+
+    def __init__(self, start_us: int) -> None:
+        self.start_us = start_us
+        self.total, self.wait, self.service = Spread(), Spread(), Spread()
+        self.answers = self.batches = self.bound = self.rows = self.busy_us = self.largest = 0
+
+
+class Controller:
+    """`cap_rows` and `linger_us` are to be used now. Without a target they stay as configured."""
+
+    def __init__(self, slo_us: int, max_rows: int, linger_us: int) -> None:
+        self.slo_us, self.max_rows, self.least_linger_us = slo_us, max_rows, linger_us
+        self.cap_rows, self.linger_us = max_rows, linger_us
+        self.p99_us = self.wait_p99_us = self.service_p99_us = 0
+        """Of the last window."""
+        self.changes: Counter[tuple[str, str]] = Counter()
+        """By knob and direction."""
+        self.news: list[str] = []
+        """What was changed and why, until somebody takes it."""
+        self._curve = Curve()
+        self._window: Window | None = None
+        self._wish = self._last = ("", "")
+        self._agreed = 0
+        self._calm = CALM
+
+    def follow(self, slo_us: int, max_rows: int, linger_us: int) -> None:
+        """The configuration, which may have changed: then both knobs start from there."""
+        if (slo_us, max_rows, linger_us) != (self.slo_us, self.max_rows, self.least_linger_us):
+            self.slo_us, self.max_rows, self.least_linger_us = slo_us, max_rows, linger_us
+            self.cap_rows, self.linger_us = max_rows, linger_us
+            self._window = None
+
+    def cut(self, more_waits: bool) -> None:
+        """A batch was cut; whether it left work behind."""
+        if self._window is not None:
+            self._window.bound += more_waits
+
+    def answered(self, arrivals: Iterable[int], rows: int, cut_us: int, service_us: int, now_us: int) -> None:
+        """A batch came back with the scores of requests that arrived at these times."""
+        if not self.slo_us:
+            return
+        window = self._window
+        if window is None:
+            window = self._window = Window(now_us)
+        took_us = max(0, now_us - cut_us)
+        count = 0
+        for arrived_us in arrivals:
+            window.total.add(max(0, now_us - arrived_us))
+            window.wait.add(max(0, cut_us - arrived_us))
+            count += 1
+        window.service.add(took_us, count)
+        window.answers += count
+        window.batches += 1
+        window.rows += rows
+        window.busy_us += service_us
+        window.largest = max(window.largest, rows)
+        self._curve.observe(max(1, rows), service_us, now_us)
+
+    def adjust(self, executors: int, now_us: int) -> None:
+        """At most one step, once a window is over."""
+        window = self._window
+        if window is None or not self.slo_us:
+            return
+        lasted_us = now_us - window.start_us
+        if lasted_us < WINDOW_US or (window.answers < ENOUGH and lasted_us < LONGEST_US):
+            return
+        self._window = Window(now_us)
+        if not window.answers:
+            return
+        self.p99_us, self.wait_p99_us, self.service_p99_us = (
+            spread.quantile(0.99) for spread in (window.total, window.wait, window.service)
+        )
+        wish = self._wished(window, lasted_us * max(1, executors))
+        self._agreed = self._agreed + 1 if wish == self._wish else 1
+        self._wish = wish
+        if wish[0] and (self._agreed >= self._calm or self._swamped(window)):
+            self._take(wish, window)
+
+    # What to do
+
+    def _swamped(self, window: Window) -> bool:
+        """The wait alone is above the target, and batches are as large as they may be: that cannot wait."""
+        return self.wait_p99_us > self.slo_us and 2 * window.bound > window.batches
+
+    def _wished(self, window: Window, executors_us: int) -> tuple[str, str]:
+        """The knob and the direction; empty: leave all as it is."""
+        bound = 2 * window.bound > window.batches and self.cap_rows < self.max_rows
+        idle = window.busy_us < BUSY * executors_us
+        lingers = self.linger_us > self.least_linger_us
+        if lingers and (idle or self.p99_us > ROOM * self.slo_us):
+            return "linger", "down"
+        if self.p99_us > self.slo_us:
+            if bound and self.wait_p99_us > self.service_p99_us:
+                return "cap", "up"
+            slow = self.service_p99_us > max(SHARE * self.slo_us, self.wait_p99_us)
+            return ("cap", "down") if slow and self._keeps_up(window, executors_us) else ("", "")
+        if self.p99_us < ROOM * self.slo_us:
+            if bound and self.service_p99_us < STEP * SHARE * self.slo_us:
+                return "cap", "up"
+            small = 4 * window.rows < self.cap_rows * window.batches
+            if small and not idle and self.p99_us < SHARE * self.slo_us and self.linger_us < self._most_linger_us():
+                return "linger", "up"
+        return "", ""
+
+    def _keeps_up(self, window: Window, executors_us: int) -> bool:
+        rows = self._smaller(window)
+        return rows >= 1 and rows * executors_us >= SPARE * window.rows * self._curve.predict(rows)
+
+    def _smaller(self, window: Window) -> int:
+        """A step down from what is in use: a cap that is never reached changes nothing."""
+        return int(STEP * min(self.cap_rows, window.largest))
+
+    def _most_linger_us(self) -> int:
+        return max(self.least_linger_us, self.slo_us // 8)
+
+    def _take(self, wish: tuple[str, str], window: Window) -> None:
+        knob, direction = wish
+        before = (self.cap_rows, self.linger_us)
+        if wish == ("cap", "down"):
+            self.cap_rows = max(1, self._smaller(window))
+        elif wish == ("cap", "up"):
+            factor = 2.0 if self._swamped(window) else 1 / STEP
+            self.cap_rows = min(self.max_rows, int(self.cap_rows * factor) + 1)
+        elif wish == ("linger", "up"):
+            self.linger_us = min(self._most_linger_us(), max(2 * self.linger_us, self.slo_us // 32))
+        else:
+            halved_us = self.linger_us // 2
+            self.linger_us = max(self.least_linger_us, halved_us if halved_us >= self.slo_us // 32 else 0)
+        took_back = self._last[0] == knob and self._last[1] != direction
+        self._calm = min(CALMEST, 2 * self._calm) if took_back else max(CALM, self._calm // 2)
+        self._last, self._agreed = wish, 0
+        self.changes[wish] += 1
+        self.news.append(
+            f"rows {before[0]} -> {self.cap_rows}, linger {before[1]} -> {self.linger_us} us: p99 {self.p99_us} us"
+            f" (waiting {self.wait_p99_us}, service {self.service_p99_us}), target {self.slo_us}"
+        )
