@@ -1,12 +1,13 @@
 """Tunes the row cap and the linger of batches to a latency target. Pure: measurements and the time go in; times in µs.
 
-What is measured is the p99 of waiting (arrival to cut) and of service (cut to result). A long wait is answered with
-larger batches, never with smaller ones: it means that work comes faster than it goes. Only a long service is a reason
-for smaller ones, and only if these still keep up with what comes.
+Above the target, the row cap goes to the largest batch that passes at nearly the best rate: on a device whose time grows
+in proportion beside a fixed part this is the configured maximum, and no smaller cap makes anybody faster; on one that slows
+down beyond some size it is that size. Far below the target, executors at work get a linger: fewer, fuller batches.
 """
 
 from collections import Counter
 from collections.abc import Iterable
+from typing import NamedTuple
 
 from narsil_stream.actors.service_time import Curve
 
@@ -15,13 +16,17 @@ ENOUGH = 200
 """Answers that a p99 is taken from; a window lasts until it has so many, but no longer than this:"""
 LONGEST_US = 2_000_000
 ROOM = 0.7
-"""Of the target: below it there is room for longer service or a linger. Up to the target nothing changes."""
+"""Of the target: above it a linger goes down."""
 SHARE = 0.5
-"""Of the target: so long may service take. The other half is for the batch that is under way when a request comes."""
+"""Of the target: a linger grows only below it."""
 STEP = 0.75
-"""Cap times this, or through this."""
-SPARE = 1.2
-"""A smaller cap must keep up with so many times the rows that come."""
+"""From one size that is considered as a cap to the next smaller one; the cap is halved or doubled at most."""
+NEARLY = 1.1
+"""Times the best time for a row is nearly the best."""
+GRAIN = 2
+"""Sizes are told apart in steps of a quarter of their power of two: a step of the cap has to show."""
+RELEARN_US = 60_000_000
+"""What was measured of a size that is not used any more may have changed: so often it is found out anew."""
 BUSY = 0.3
 """Executors that work less of the time gain nothing from fewer, fuller batches."""
 CALM, CALMEST = 2, 32
@@ -49,13 +54,21 @@ class Spread:
         return 0
 
 
+class Step(NamedTuple):
+    """One change: of `cap` or `linger`, `up` or `down`."""
+
+    knob: str
+    direction: str
+    why: str
+
+
 class Window:
     """What was measured since the last adjustment."""
 
     def __init__(self, start_us: int) -> None:
         self.start_us = start_us
         self.total, self.wait, self.service = Spread(), Spread(), Spread()
-        self.answers = self.batches = self.bound = self.rows = self.busy_us = self.largest = 0
+        self.answers = self.batches = self.bound = self.rows = self.busy_us = 0
 
 
 class Controller:
@@ -66,11 +79,10 @@ class Controller:
         self.cap_rows, self.linger_us = max_rows, linger_us
         self.p99_us = self.wait_p99_us = self.service_p99_us = 0
         """Of the last window."""
-        self.changes: Counter[tuple[str, str]] = Counter()
-        """By knob and direction."""
-        self.news: list[str] = []
-        """What was changed and why, until somebody takes it."""
-        self._curve = Curve()
+        self.steps: list[Step] = []
+        """Taken since somebody looked; who looks clears it."""
+        self._curve = Curve(GRAIN)
+        self._learnt_us = 0
         self._window: Window | None = None
         self._wish = self._last = ("", "")
         self._agreed = 0
@@ -106,7 +118,8 @@ class Controller:
         window.batches += 1
         window.rows += rows
         window.busy_us += service_us
-        window.largest = max(window.largest, rows)
+        if now_us - self._learnt_us > RELEARN_US:
+            self._curve, self._learnt_us = Curve(GRAIN), now_us
         self._curve.observe(max(1, rows), service_us, now_us)
 
     def adjust(self, executors: int, now_us: int) -> None:
@@ -127,53 +140,54 @@ class Controller:
         self._agreed = self._agreed + 1 if wish == self._wish else 1
         self._wish = wish
         if wish[0] and (self._agreed >= self._calm or self._swamped(window)):
-            self._take(wish, window)
+            self._take(wish)
 
     # What to do
 
     def _swamped(self, window: Window) -> bool:
         """The wait alone is above the target, and batches are as large as they may be: that cannot wait."""
-        return self.wait_p99_us > self.slo_us and 2 * window.bound > window.batches
+        return self.wait_p99_us > self.slo_us and _bound(window)
 
     def _wished(self, window: Window, executors_us: int) -> tuple[str, str]:
         """The knob and the direction; empty: leave all as it is."""
-        bound = 2 * window.bound > window.batches and self.cap_rows < self.max_rows
+        target_us, p99_us = self.slo_us, self.p99_us
         idle = window.busy_us < BUSY * executors_us
-        lingers = self.linger_us > self.least_linger_us
-        if lingers and (idle or self.p99_us > ROOM * self.slo_us):
+        if self.linger_us > self.least_linger_us and (idle or p99_us > ROOM * target_us):
             return "linger", "down"
-        if self.p99_us > self.slo_us:
-            if bound and self.wait_p99_us > self.service_p99_us:
-                return "cap", "up"
-            slow = self.service_p99_us > max(SHARE * self.slo_us, self.wait_p99_us)
-            return ("cap", "down") if slow and self._keeps_up(window, executors_us) else ("", "")
-        if self.p99_us < ROOM * self.slo_us:
-            if bound and self.service_p99_us < STEP * SHARE * self.slo_us:
-                return "cap", "up"
-            small = 4 * window.rows < self.cap_rows * window.batches
-            if small and not idle and self.p99_us < SHARE * self.slo_us and self.linger_us < self._most_linger_us():
-                return "linger", "up"
+        if p99_us > target_us and self._lower() <= STEP * self.cap_rows:
+            return "cap", "down"
+        if _bound(window) and STEP * self._efficient_rows() >= self.cap_rows:
+            return "cap", "up"
+        small = 4 * window.rows < self.cap_rows * window.batches
+        if small and not idle and p99_us < SHARE * target_us and self.linger_us < self._most_linger_us():
+            return "linger", "up"
         return "", ""
 
-    def _keeps_up(self, window: Window, executors_us: int) -> bool:
-        rows = self._smaller(window)
-        return rows >= 1 and rows * executors_us >= SPARE * window.rows * self._curve.predict(rows)
+    def _efficient_rows(self) -> int:
+        """The most, up to twice the cap, that still pass at nearly the best rate that was measured."""
+        best = self._curve.us_per_row * NEARLY
+        rows = min(self.max_rows, 2 * self.cap_rows)
+        while rows > 1 and self._curve.predict(rows) > best * rows:
+            rows = int(STEP * rows)
+        return rows
 
-    def _smaller(self, window: Window) -> int:
-        """A step down from what is in use: a cap that is never reached changes nothing."""
-        return int(STEP * min(self.cap_rows, window.largest))
+    def _lower(self) -> int:
+        """A smaller cap that is known to pass faster, or that nobody has tried; else the cap itself. Half at least."""
+        half = max(1, self.cap_rows // 2)
+        if not self._curve.measured(int(STEP * half), int(half / STEP)):
+            return half
+        return max(half, min(self.cap_rows, self._efficient_rows()))
 
     def _most_linger_us(self) -> int:
         return max(self.least_linger_us, self.slo_us // 8)
 
-    def _take(self, wish: tuple[str, str], window: Window) -> None:
+    def _take(self, wish: tuple[str, str]) -> None:
         knob, direction = wish
         before = (self.cap_rows, self.linger_us)
         if wish == ("cap", "down"):
-            self.cap_rows = max(1, self._smaller(window))
+            self.cap_rows = self._lower()
         elif wish == ("cap", "up"):
-            factor = 2.0 if self._swamped(window) else 1 / STEP
-            self.cap_rows = min(self.max_rows, int(self.cap_rows * factor) + 1)
+            self.cap_rows = self._efficient_rows()
         elif wish == ("linger", "up"):
             self.linger_us = min(self._most_linger_us(), max(2 * self.linger_us, self.slo_us // 32))
         else:
@@ -182,8 +196,13 @@ class Controller:
         took_back = self._last[0] == knob and self._last[1] != direction
         self._calm = min(CALMEST, 2 * self._calm) if took_back else max(CALM, self._calm // 2)
         self._last, self._agreed = wish, 0
-        self.changes[wish] += 1
-        self.news.append(
+        why = (
             f"rows {before[0]} -> {self.cap_rows}, linger {before[1]} -> {self.linger_us} us: p99 {self.p99_us} us"
-            f" (waiting {self.wait_p99_us}, service {self.service_p99_us}), target {self.slo_us}"
+            f" (waiting {self.wait_p99_us}, service {self.service_p99_us}), target {self.slo_us} us"
         )
+        self.steps.append(Step(*wish, why))
+
+
+def _bound(window: Window) -> bool:
+    """Whether most batches left work behind."""
+    return 2 * window.bound > window.batches

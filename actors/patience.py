@@ -9,6 +9,8 @@ from narsil_stream.actors.flights import Executor
 
 SAFETY = 1.5
 """Times the predicted wait for a busy executor: it has to fit into the time that is left."""
+LOOK_EVERY_US = 200
+"""At the soonest, whether a busy executor has done what it was predicted to have done."""
 
 
 def staged(executor: Executor) -> bool:
@@ -29,15 +31,16 @@ def spared_us(idle: Executor, serving: Iterable[Executor], pass_us: int, due_us:
     `due_us`, all of it in one batch of `pass_us`."""
     if idle.flights or not pass_us:
         return 0
-    busy = [one.remaining_us(now_us) for one in serving if one is not idle and one.up and one.flights]
+    others = [one for one in serving if one is not idle and one.up and one.flights]
+    busy = [left_us for one in others if (left_us := one.remaining_us(now_us)) or one.free]
     if not busy or now_us + SAFETY * (min(busy) + pass_us) > due_us:
         return 0
-    return now_us + min(busy)
+    return now_us + max(LOOK_EVERY_US, min(busy))
 
 
 def in_order(executors: Iterable[Executor], consolidate: bool) -> list[Executor]:
-    """The one with the least under way first; with consolidation those at work, then by name, so that the last ones are
+    """The one with the least under way first; with consolidation by name where that is equal, so that the last ones are
     idle for longest."""
     if consolidate:
-        return sorted(executors, key=lambda executor: (not executor.flights, executor.id))
+        return sorted(executors, key=lambda executor: (len(executor.flights), executor.id))
     return sorted(executors, key=lambda executor: len(executor.flights))

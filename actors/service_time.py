@@ -3,7 +3,7 @@
 Size is counted as work: rows, or more where a request holds more ids than one for each table (`work_of`).
 """
 
-from bisect import bisect_right
+from bisect import bisect_left, bisect_right
 from collections import deque
 
 from narsil_stream.actors.queue import ModelKey
@@ -60,9 +60,13 @@ class Recent:
 
 
 class Curve:
-    """One model's time by work: a point for each power of two that was measured, straight lines between them."""
+    """One model's time by work: a point for each power of two that was measured, straight lines between them.
 
-    def __init__(self) -> None:
+    `grain`: so many bits more tell sizes apart.
+    """
+
+    def __init__(self, grain: int = 0) -> None:
+        self._grain = grain
         self._sizes: dict[int, Recent] = {}
         self._works: list[int] = []
         self._times: list[float] = []
@@ -74,7 +78,9 @@ class Curve:
     def observe(self, work: int, service_us: int, now_us: int) -> None:
         self._count += 1
         self.measured_us = now_us
-        recent = self._sizes.setdefault(work.bit_length(), Recent())
+        bits = work.bit_length()
+        size = (bits << self._grain) + (work << self._grain >> bits - 1)
+        recent = self._sizes.setdefault(size, Recent())
         before, trusted = recent.median[0], len(recent) >= TRUSTED
         recent.add(service_us, work, self._count)
         if trusted and before:
@@ -119,6 +125,10 @@ class Curve:
         if work < works[0]:
             return int(times[0] * work / works[0])
         return int(times[-1]) if work > works[-1] else self.predict(work)
+
+    def measured(self, least: int, most: int) -> bool:
+        """Whether work of such a size was."""
+        return bisect_right(self._works, most) > bisect_left(self._works, least)
 
     def most(self, within_us: int, limit: int) -> int:
         """Most work, up to `limit`, that is predicted to take no longer; 0: none."""

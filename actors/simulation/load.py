@@ -7,12 +7,14 @@ heavy-tailed, budgets mixed. Ours is the real `Scheduler` behind a bus; rivals (
 import random
 from collections import deque
 from collections.abc import Iterable, Sequence
+from functools import cache
 from heapq import heappop, heappush
 from itertools import count
 from typing import Any, NamedTuple, Protocol
 
 from msgspec import Struct
 
+from narsil_stream.actors.adaptive import Step
 from narsil_stream.actors.decisions import Decision, Dispatch, Drop, Rules
 from narsil_stream.actors.queue import ModelKey, State, Ticket
 from narsil_stream.actors.scheduling import FLOAT_BYTES, Scheduler
@@ -74,17 +76,26 @@ class Stretch(NamedTuple):
 
 def arrivals(seed: int, stretches: Iterable[Stretch], device: Device, executors: int) -> list[Arrival]:
     rng = random.Random(seed)
-    sizes = random.Random(seed + 1)
-    mean = sum(_size(sizes) for _ in range(20_000)) / 20_000
     came: list[Arrival] = []
     at_us = start_us = 0.0
     for stretch in stretches:
-        every_us = mean / (stretch.load * executors * device.rows_per_us)
+        every_us = between_us(stretch.load, device, executors)
         start_us += stretch.for_us
         while (at_us := at_us + rng.expovariate(1 / every_us)) < start_us:
             came.append(Arrival(len(came), int(at_us), _size(rng), rng.choice(BUDGETS_US)))
         at_us = start_us
     return came
+
+
+def between_us(load: float, device: Device, executors: int = 1) -> float:
+    """Mean time from one request to the next at this load."""
+    return _mean_rows() / (load * executors * device.rows_per_us)
+
+
+@cache
+def _mean_rows() -> float:
+    rng = random.Random(0)
+    return sum(_size(rng) for _ in range(50_000)) / 50_000
 
 
 def _size(rng: random.Random) -> int:
@@ -194,8 +205,7 @@ class Ours:
     def __init__(self, came: Sequence[Arrival], device: Device, executors: int = 1, rules: Rules = RULES) -> None:
         self.run = Run(came, device, executors)
         self.policy = Scheduler("b", rules)
-        self.steps: list[tuple[int, int, int]] = []
-        """Time, row cap and linger after each step of the controller."""
+        self.steps: list[Step] = []
         for index in range(executors):
             leases = tuple(Lease("b", Slot(slot, 0), False) for slot in range(SLOTS))
             self.policy.beat(ExecutorBeat(f"e{index}", (ModelRef(*MODEL),), SLOTS, leases), 0)
@@ -247,9 +257,9 @@ class Ours:
     def _decide(self) -> None:
         run, policy = self.run, self.policy
         self._act(policy.decide(run.now))
-        if policy.tuner.news:
-            policy.tuner.news.clear()
-            self.steps.append((run.now, policy.tuner.cap_rows, policy.tuner.linger_us))
+        if policy.tuner.steps:
+            self.steps += policy.tuner.steps
+            policy.tuner.steps.clear()
         wake_us = policy.wake_us(run.now) if run.next_us() is not None or policy.rows else None
         if wake_us is not None and wake_us < RULES.lease_us and (self._woken_us is None or wake_us < self._woken_us):
             self._woken_us = max(wake_us, run.now + 1)

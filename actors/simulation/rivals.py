@@ -31,15 +31,16 @@ class _Fifo:
 
 
 class FixedTimeout(_Fifo):
-    """A batch leaves when it is full or when its oldest request has waited so long (TorchRec, mosec)."""
+    """A batch leaves when it is full or when its oldest request has waited so long (TorchRec, mosec). As there, the queue
+    is bounded in requests; that batches are counted in rows is more than mosec does."""
 
-    def __init__(self, max_rows: int, timeout_us: int, queue_rows: int) -> None:
+    def __init__(self, max_rows: int, timeout_us: int, queue_size: int) -> None:
         super().__init__()
-        self._max_rows, self._timeout_us, self._queue_rows = max_rows, timeout_us, queue_rows
+        self._max_rows, self._timeout_us, self._queue_size = max_rows, timeout_us, queue_size
         self._rows = 0
 
     def offer(self, arrival: Arrival) -> bool:
-        if self._rows + arrival.rows > self._queue_rows:
+        if len(self._queue) >= self._queue_size:
             return False
         self._queue.append(arrival)
         self._rows += arrival.rows
