@@ -1,15 +1,15 @@
 """Tunes the row cap and the linger of batches to a latency target. Pure: measurements and the time go in; times in µs.
 
-Above the target, the row cap goes to the largest batch that passes at nearly the best rate: on a device whose time grows
-in proportion beside a fixed part this is the configured maximum, and no smaller cap makes anybody faster; on one that slows
-down beyond some size it is that size. Far below the target, executors at work get a linger: fewer, fuller batches.
+Above the target, the row cap goes to the largest batch that passes at nearly the best rate. On a device whose time
+grows in proportion beside a fixed part this is the configured maximum, and no smaller cap makes anybody faster; on one
+that slows down beyond some size it is that size. Far below it, executors at work get a linger: fuller batches.
 """
 
 from collections import Counter
 from collections.abc import Iterable
 from typing import NamedTuple
 
-from narsil_stream.actors.service_time import Curve
+from narsil_stream.actors.service_time import TRUSTED, Curve
 
 WINDOW_US = 200_000
 ENOUGH = 200
@@ -21,7 +21,7 @@ SHARE = 0.5
 """Of the target: a linger grows only below it."""
 STEP = 0.75
 """From one size that is considered as a cap to the next smaller one; the cap is halved or doubled at most."""
-NEARLY = 1.1
+NEARLY = 1.05
 """Times the best time for a row is nearly the best."""
 GRAIN = 2
 """Sizes are told apart in steps of a quarter of their power of two: a step of the cap has to show."""
@@ -45,10 +45,11 @@ class Spread:
 
     def quantile(self, share: float) -> int:
         """The upper end of the step that it lies in; 0: nothing was added."""
-        left = (1 - share) * self._counts.total()
+        total = self._counts.total()
+        left = total - int(share * total)
         for step in sorted(self._counts, reverse=True):
             left -= self._counts[step]
-            if left < 0:
+            if left <= 0:
                 shift = max(0, (step >> 4) - 1)
                 return ((step - (shift << 4) + 1) << shift) - 1
         return 0
@@ -87,16 +88,21 @@ class Controller:
         self._wish = self._last = ("", "")
         self._agreed = 0
         self._calm = CALM
+        self._probes = self._usual_rows = 0
 
     def follow(self, slo_us: int, max_rows: int, linger_us: int) -> None:
         """The configuration, which may have changed: then both knobs start from there."""
         if (slo_us, max_rows, linger_us) != (self.slo_us, self.max_rows, self.least_linger_us):
             self.slo_us, self.max_rows, self.least_linger_us = slo_us, max_rows, linger_us
             self.cap_rows, self.linger_us = max_rows, linger_us
-            self._window = None
+            self._window, self._probes = None, 0
 
     def cut(self, more_waits: bool) -> None:
         """A batch was cut; whether it left work behind."""
+        if self._probes:
+            self._probes -= 1
+            if not self._probes:
+                self.cap_rows = self._usual_rows
         if self._window is not None:
             self._window.bound += more_waits
 
@@ -136,11 +142,15 @@ class Controller:
         self.p99_us, self.wait_p99_us, self.service_p99_us = (
             spread.quantile(0.99) for spread in (window.total, window.wait, window.service)
         )
+        if self._probes:
+            return
         wish = self._wished(window, lasted_us * max(1, executors))
         self._agreed = self._agreed + 1 if wish == self._wish else 1
         self._wish = wish
         if wish[0] and (self._agreed >= self._calm or self._swamped(window)):
             self._take(wish)
+        elif self._swamped(window):
+            self._probe()
 
     # What to do
 
@@ -154,10 +164,10 @@ class Controller:
         idle = window.busy_us < BUSY * executors_us
         if self.linger_us > self.least_linger_us and (idle or p99_us > ROOM * target_us):
             return "linger", "down"
-        if p99_us > target_us and self._lower() <= STEP * self.cap_rows:
-            return "cap", "down"
         if _bound(window) and STEP * self._efficient_rows() >= self.cap_rows:
             return "cap", "up"
+        if p99_us > target_us and self._lower() <= STEP * self.cap_rows:
+            return "cap", "down"
         small = 4 * window.rows < self.cap_rows * window.batches
         if small and not idle and p99_us < SHARE * target_us and self.linger_us < self._most_linger_us():
             return "linger", "up"
@@ -165,18 +175,22 @@ class Controller:
 
     def _efficient_rows(self) -> int:
         """The most, up to twice the cap, that still pass at nearly the best rate that was measured."""
-        best = self._curve.us_per_row * NEARLY
-        rows = min(self.max_rows, 2 * self.cap_rows)
-        while rows > 1 and self._curve.predict(rows) > best * rows:
+        curve = self._curve
+        most = rows = min(self.max_rows, 2 * self.cap_rows)
+        while rows > curve.best_work and curve.predict(rows) > NEARLY * curve.us_per_row * rows:
             rows = int(STEP * rows)
-        return rows
+        return min(most, max(rows, curve.best_work))
 
     def _lower(self) -> int:
-        """A smaller cap that is known to pass faster, or that nobody has tried; else the cap itself. Half at least."""
+        """A cap that is known to pass faster; half of the present one at least."""
+        return max(1, self.cap_rows // 2, min(self.cap_rows, self._efficient_rows()))
+
+    def _probe(self) -> None:
+        """A few batches of half the size: who has never tried does not know whether they pass faster."""
         half = max(1, self.cap_rows // 2)
-        if not self._curve.measured(int(STEP * half), int(half / STEP)):
-            return half
-        return max(half, min(self.cap_rows, self._efficient_rows()))
+        if not self._curve.measured(int(STEP * half), half + half // 8):
+            self._usual_rows, self.cap_rows = self.cap_rows, half
+            self._probes = TRUSTED
 
     def _most_linger_us(self) -> int:
         return max(self.least_linger_us, self.slo_us // 8)

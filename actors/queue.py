@@ -105,7 +105,6 @@ class Line:
         last = deadline_us >> STEP
         return sum(work for step, work in self.due.items() if step <= last)
 
-
     def after(self, deadline_us: int) -> Iterator[tuple[int, int]]:
         work, last = 0, deadline_us >> STEP
         for step in sorted(step for step in self.due if step > last):

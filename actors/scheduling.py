@@ -281,7 +281,7 @@ class Scheduler:
 
     def _hopeless(self, now_us: int) -> Iterator[Drop]:
         """What cannot be scored in time any more, even alone: computing it would make others late."""
-        for model, queue in self.queues.items():
+        for queue in self.queues.values():
             while (head := queue.head()) is not None and self._too_late(head, now_us):
                 queue.cancel(head)
                 yield self._drop(head, Fault.DEADLINE_EXCEEDED, "too little of the budget is left to score it")
@@ -292,7 +292,9 @@ class Scheduler:
         return ticket.deadline_us - needs_us + 1
 
     def _too_late(self, ticket: Ticket, now_us: int) -> bool:
-        soonest_us = min((executor.remaining_us(now_us) for executor in self.executors.serving(ticket.model)), default=0)
+        soonest_us = min(
+            (executor.remaining_us(now_us) for executor in self.executors.serving(ticket.model)), default=0
+        )
         within_us = ticket.deadline_us - now_us - soonest_us - self.times.overhead_us
         return self.times.hopeless(ticket.model, ticket.work, within_us, now_us)
 

@@ -74,6 +74,8 @@ class Curve:
         self.measured_us = 0
         """When the last measurement came."""
         self.us_per_row = 0.0
+        """At the most efficient size that was measured, which is `best_work`."""
+        self.best_work = 0
 
     def observe(self, work: int, service_us: int, now_us: int) -> None:
         self._count += 1
@@ -103,7 +105,9 @@ class Curve:
         points = [_bounded(points, at) for at in range(len(points))]
         self._works = [work for work, _, _ in points]
         self._times = _rising([(us, count) for _, us, count in points])
-        self.us_per_row = min(us / work for work, us in zip(self._works, self._times, strict=True))
+        self.us_per_row, self.best_work = min(
+            (us / work, work) for work, us in zip(self._works, self._times, strict=True)
+        )
 
     def predict(self, work: int) -> int:
         """Of sizes beyond those measured: the next smaller in proportion; the next larger, for a launch costs what it

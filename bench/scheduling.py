@@ -12,6 +12,8 @@ NAMES = {
     "triton": "preferred sizes and delay, best setting at each load",
 }
 STYLES = {"ours": "o-", "adaptive": "s--", "fixed": "^-", "triton": "v-"}
+LOADS = (10, 25, 50, 100, 200, 500)
+"""Ticks, %."""
 FILES = ("straight.svg", "knee.svg", "consolidation.svg")
 
 Points = list[dict[str, Any]]
@@ -59,7 +61,8 @@ def _compare(points: Points, device: str, file: Path) -> None:
     p99.set(xscale="log", yscale="log", xlabel="load, % of capacity", ylabel="p99 of what is answered in time, ms")
     p99.axhline(20, color="grey", lw=0.8, ls=":")
     for axes in (goodput, p99):
-        _percent(axes, [10, 25, 50, 100, 200, 500])
+        axes.set_xticks(LOADS, [str(load) for load in LOADS])
+    _plain(goodput, p99)
     drawn.suptitle(f"Simulated: one executor, device '{device}'", fontsize=10)
     drawn.legend(loc="outside lower center", ncols=2, fontsize=8, frameon=False)
     drawn.savefig(file, metadata={"Date": None})
@@ -82,16 +85,21 @@ def _consolidation(points: Points, file: Path) -> None:
     goodput.set(ylabel="answered in time, % of capacity", ylim=(0, 108))
     for axes in (used, p99, goodput):
         axes.set(xlabel="load, % of capacity")
-        axes.grid(alpha=0.3)
+    _plain(used, p99, goodput)
     drawn.suptitle("Simulated: four executors, device 'straight'", fontsize=10)
     drawn.legend(loc="outside lower center", ncols=2, fontsize=8, frameon=False)
     drawn.savefig(file, metadata={"Date": None})
 
 
-def _percent(axes: Any, ticks: list[int]) -> None:
-    axes.set_xticks(ticks, [str(tick) for tick in ticks])
-    axes.minorticks_off()
-    axes.grid(alpha=0.3)
+def _plain(*every: Any) -> None:
+    """A grid, and milliseconds as plain numbers."""
+    for axes in every:
+        if axes.get_yscale() == "log":
+            low, high = axes.get_ylim()
+            ticks = [tick for tick in (2, 5, 10, 20, 50, 100) if low <= tick <= high]
+            axes.set_yticks(ticks, [str(tick) for tick in ticks])
+        axes.minorticks_off()
+        axes.grid(alpha=0.3)
 
 
 def _of(points: Points, **wanted: Any) -> Points:
@@ -103,12 +111,14 @@ def _loads(points: Points, device: str) -> list[float]:
 
 
 def _head() -> str:
-    return f"{'load':>6}" + "".join(f"{name:>16}" for name in NAMES)
+    return f"{'load':>6}" + "".join(f"{policy:>16}" for policy in NAMES)
 
 
 def _row(found: dict[str, Any], device: str, load: float) -> str:
-    cells = []
-    for policy in NAMES:
-        for point in _of(found["points"], device=device, executors=1, load=load, policy=policy):
-            cells.append(f"{point['goodput']:8.3f}{point['p99_us'] / 1e3:8.1f}")
+    points = _of(found["points"], device=device, executors=1, load=load)
+    cells = [
+        f"{point['goodput']:8.3f}{point['p99_us'] / 1e3:8.1f}"
+        for policy in NAMES
+        for point in _of(points, policy=policy)
+    ]
     return f"{load:6.0%}" + "".join(cells)

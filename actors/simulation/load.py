@@ -1,7 +1,7 @@
 """One batcher and its executors under an open-loop load, without faults: for figures of how well a policy does.
 
-A device computes one batch at a time and takes a known time for it: simulated, not measured. Arrivals are Poisson, sizes
-heavy-tailed, budgets mixed. Ours is the real `Scheduler` behind a bus; rivals (`rivals`) sit on the device.
+A device computes one batch at a time and takes a known time for it: simulated, not measured. Arrivals are Poisson,
+sizes heavy-tailed, budgets mixed. Ours is the real `Scheduler` behind a bus; rivals (`rivals`) sit on the device.
 """
 
 import random
@@ -161,13 +161,13 @@ class Run:
         return what
 
     def compute(self, executor: int, rows: int) -> int:
-        """When the device is done with it. The time counts as busy if it begins while requests still come."""
+        """When the device is done with it. Its time counts as busy until the last request comes."""
         start_us = max(self.now, self.free_us[executor])
         took_us = self.device.pass_us(rows)
         self.free_us[executor] = start_us + took_us
         self.score.batches += 1
         self.score.rows += rows
-        self.score.busy_us += took_us
+        self.score.busy_us += max(0, min(start_us + took_us, self.score.lasted_us) - start_us)
         return start_us + took_us
 
     def ended(self, arrival: Arrival, scored: bool) -> None:

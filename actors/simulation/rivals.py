@@ -31,8 +31,8 @@ class _Fifo:
 
 
 class FixedTimeout(_Fifo):
-    """A batch leaves when it is full or when its oldest request has waited so long (TorchRec, mosec). As there, the queue
-    is bounded in requests; that batches are counted in rows is more than mosec does."""
+    """A batch leaves when it is full or when its oldest request has waited so long (TorchRec, mosec). The queue is
+    bounded in requests; batches are counted in rows, which is more than mosec does."""
 
     def __init__(self, max_rows: int, timeout_us: int, queue_size: int) -> None:
         super().__init__()
@@ -60,8 +60,8 @@ class FixedTimeout(_Fifo):
 
 
 class Preferred(_Fifo):
-    """Triton's dynamic batcher: preferred sizes, a largest delay, REJECT of what has timed out, looked for when a batch is
-    formed. A batch of a preferred size leaves at once, the largest first; else what waits leaves when the oldest
+    """Triton's dynamic batcher: preferred sizes, a largest delay, REJECT of what has timed out, looked for when a batch
+    is formed. A batch of a preferred size leaves at once, the largest first; else what waits leaves when the oldest
     request has waited for the delay, or when no more fits. Delay 0: at once."""
 
     def __init__(self, preferred: tuple[int, ...], delay_us: int, queue_size: int) -> None:

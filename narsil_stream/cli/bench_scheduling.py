@@ -26,10 +26,10 @@ FILE = "scheduling.json"
 def scheduling(out: Path | None, seed: int, requests: int, jobs: int) -> None:
     """Compare how batches are scheduled: goodput and p99 from 10 % to 500 % load. Simulated, not measured.
 
-    Requests arrive at random (Poisson), with heavy-tailed sizes and budgets of 20, 50 and 100 ms, at executors that take
-    a known time. Our scheduler is the code that serves, with and without --slo-p99, and with batch.consolidate on four
-    executors; a fixed time-out with a largest size, and Triton's preferred sizes with a delay, have the best setting of
-    a sweep at each load. The same seed gives the same figures.
+    Requests arrive at random (Poisson), with heavy-tailed sizes and budgets of 20, 50 and 100 ms, at executors that
+    take a known time. Our scheduler is the code that serves, with and without --slo-p99, and with batch.consolidate on
+    four executors; a fixed time-out with a largest size, and Triton's preferred sizes with a delay, have the best
+    setting of a sweep at each load. The same seed gives the same figures.
 
     Example: narsil bench scheduling --out docs/scheduling
     """
