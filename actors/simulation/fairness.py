@@ -108,7 +108,7 @@ class Fairness:
         """Aged work has its turn before more than its share allows has gone before it."""
         share, most = self._rules.ageing, self._rules.max_rows
         urgent = min(ticket.priority for ticket in taken)
-        if not share or self._rules.linger_us or any(ticket.priority > urgent for ticket in taken):
+        if not share or self._batcher.policy.may_wait or any(ticket.priority > urgent for ticket in taken):
             self._starved = 0
             return
         if not self._starves(executor, urgent, now):
