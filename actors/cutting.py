@@ -81,6 +81,12 @@ class Cutting:
             until_us = max(until_us, spared_us(executor, self._executors.serving(model), pass_us, due_us, now_us))
         return until_us
 
+    def alarms(self, model: ModelKey, queue: Queue, rules: Rules, now_us: int) -> list[int]:
+        """When to look again although nothing happens; those in the past mean nothing."""
+        serving = self._executors.serving(model)
+        held = [self.held_back_us(one, model, queue, rules, now_us) for one in serving if one.free]
+        return [self.ripe_us(model, queue, rules), *held]
+
     def _fills(self, queue: Queue, rules: Rules) -> bool:
         return queue.rows >= self._tuner.cap_rows or queue.bytes >= rules.max_bytes
 

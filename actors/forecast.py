@@ -1,9 +1,11 @@
 """How long a request would wait, and whether it can still make it. Pure; times in monotonic µs."""
 
+from collections.abc import Iterator
+
 from narsil_stream.actors.adaptive import Controller
 from narsil_stream.actors.ageing import Ageing
-from narsil_stream.actors.flights import Executor, Fleet
-from narsil_stream.actors.queue import ModelKey, Queue, Ticket
+from narsil_stream.actors.flights import Executor, Fleet, Flight
+from narsil_stream.actors.queue import ModelKey, Queue, State, Ticket
 from narsil_stream.actors.service_time import Pace, ServiceTimes
 
 MARGIN = 1.25
@@ -25,12 +27,27 @@ class Forecast:
         """A batch was taken out of a queue in which work waited since then."""
         self.paces.setdefault(model, Pace()).cut(work, waiting_since_us, now_us)
 
+    def learn(self, flight: Flight, service_us: int, alone: bool, now_us: int) -> None:
+        """It came back with its scores. `alone`: its executor had nothing else of ours to do first."""
+        self.times.observe(flight.group.model, sum(ticket.work for ticket in flight.tickets), service_us, now_us)
+        if alone:
+            self.times.carried(now_us - flight.sent_us - service_us)
+        arrivals = (ticket.arrived_us for ticket in flight.tickets if ticket.state is State.IN_FLIGHT)
+        self._tuner.answered(arrivals, flight.rows, flight.sent_us, service_us, now_us)
+
+    def take_hopeless(self, now_us: int) -> Iterator[Ticket]:
+        """Takes out those whose turn it is and that cannot make it any more."""
+        for queue in self._queues.values():
+            while (head := queue.head()) is not None and self._too_late(head, now_us):
+                queue.cancel(head)
+                yield head
+
     def hopeless(self, ticket: Ticket, now_us: int, soonest_us: int = 0) -> bool:
         """Whether it is proven that even alone, on an executor that is free so soon, it cannot be scored in time."""
         within_us = ticket.deadline_us - now_us - soonest_us - self.times.overhead_us
         return self.times.hopeless(ticket.model, ticket.work, within_us, now_us)
 
-    def too_late(self, ticket: Ticket, now_us: int) -> bool:
+    def _too_late(self, ticket: Ticket, now_us: int) -> bool:
         """Whether it is hopeless by now, on the executor that is free first."""
         serving = self._executors.serving(ticket.model)
         return self.hopeless(ticket, now_us, min((one.remaining_us(now_us) for one in serving), default=0))

@@ -191,7 +191,7 @@ class Scheduler:
             self.forecast.times.landed(group.model, now_us - flight.sent_us)
         size = result.scores.nbytes
         if size == flight.rows * FLOAT_BYTES:
-            self._learn(flight, result.service_us, alone=landed_us <= flight.sent_us, now_us=now_us)
+            self.forecast.learn(flight, result.service_us, landed_us <= flight.sent_us, now_us)
             tickets = [] if group.done else flight.tickets
             group.done = True
             return tickets, []
@@ -201,15 +201,6 @@ class Scheduler:
             return [], self.retries.bounced(group)
         fault = named(result.fault)
         return [], self.retries.failed(group, fault, result.detail or "the scores do not fit the batch")
-
-    def _learn(self, flight: Flight, service_us: int, alone: bool, now_us: int) -> None:
-        """`alone`: its executor had nothing else of ours to do first."""
-        times = self.forecast.times
-        times.observe(flight.group.model, sum(ticket.work for ticket in flight.tickets), service_us, now_us)
-        if alone:
-            times.carried(now_us - flight.sent_us - service_us)
-        arrivals = (ticket.arrived_us for ticket in flight.tickets if ticket.state is State.IN_FLIGHT)
-        self.tuner.answered(arrivals, flight.rows, flight.sent_us, service_us, now_us)
 
     def too_large(self, dispatch: Dispatch, detail: str) -> Sequence[Decision]:
         """The joined message is larger than what may be sent: the batch goes in halves."""
@@ -305,10 +296,8 @@ class Scheduler:
 
     def _hopeless(self, now_us: int) -> Iterator[Drop]:
         """What cannot be scored in time any more, even alone: computing it would make others late."""
-        for queue in self.queues.values():
-            while (head := queue.head()) is not None and self.forecast.too_late(head, now_us):
-                queue.cancel(head)
-                yield dropped(head, LATE, "too little of the budget is left to score it")
+        for ticket in self.forecast.take_hopeless(now_us):
+            yield dropped(ticket, LATE, "too little of the budget is left to score it")
 
     def _excuse_own_pause(self, now_us: int) -> None:
         """Heartbeats that came while this process itself stood still are not read yet: nobody is dead for that."""
@@ -385,10 +374,7 @@ class Scheduler:
         for model, queue in self.queues.items():
             due_us, head = queue.earliest_deadline(), queue.head()
             if due_us is not None and head is not None:
-                held_back_us, rules = self.cutting.held_back_us, self.rules
-                serving = self.executors.serving(model)
-                alarms = [held_back_us(one, model, queue, rules, now_us) for one in serving if one.free]
-                alarms += (self.forecast.hopeless_us(head), self.cutting.ripe_us(model, queue, rules))
+                alarms = (self.forecast.hopeless_us(head), *self.cutting.alarms(model, queue, self.rules, now_us))
                 next_us = min(next_us, due_us, *(alarm for alarm in alarms if alarm > now_us))
         if self.retries or self.executors.busy():
             for group in self._groups():

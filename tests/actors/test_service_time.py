@@ -140,10 +140,14 @@ def test_the_most_that_fits_into_a_time_fits_and_one_more_does_not(measured, wit
     assert most == limit or times.predict(MODEL, most + 1) > within_us
 
 
-@given(measurements)
-def test_predictions_stay_between_the_extremes_that_were_measured(measured):
-    """Neither the neighbours nor the order of measurements may invent times."""
+@given(
+    st.lists(st.integers(0, 10_000_000), min_size=13, max_size=13),
+    st.lists(st.tuples(st.integers(1, LARGEST), st.floats(1.0, 1.9)), min_size=1, max_size=40),
+)
+def test_predictions_stay_between_the_extremes_that_were_measured(usual: list[int], passes: list[tuple[int, float]]):
+    """While the speed of the device does not shift, neither neighbours nor the order of measurements invent times."""
     curve = Curve()
+    measured = [(work, int(usual[work.bit_length() - 1] * noise)) for work, noise in passes]
     for work, us in measured:
         curve.observe(work, us, 0)
     sizes = [work for work, _ in measured]
