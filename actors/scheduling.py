@@ -296,8 +296,8 @@ class Scheduler:
 
     def _hopeless(self, now_us: int) -> Iterator[Drop]:
         """What cannot be scored in time any more, even alone: computing it would make others late."""
-        for ticket in self.forecast.take_hopeless(now_us):
-            yield dropped(ticket, LATE, "too little of the budget is left to score it")
+        why = "too little of the budget is left to score it"
+        return (dropped(ticket, LATE, why) for ticket in self.forecast.take_hopeless(now_us))
 
     def _excuse_own_pause(self, now_us: int) -> None:
         """Heartbeats that came while this process itself stood still are not read yet: nobody is dead for that."""

@@ -3,11 +3,12 @@
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
+from msgspec.structs import replace
 
 from narsil_stream.actors.service_time import TRUSTED
 from narsil_stream.schemas.errors import Fault
 from narsil_stream.schemas.internal import Slot
-from tests.actors.puppets import MODEL, Batcher, ticket
+from tests.actors.puppets import MODEL, OTHER, Batcher, ticket
 
 S0, S1 = Slot(0, 0), Slot(1, 0)
 FIXED_US, ROW_US = 1_000, 100
@@ -172,3 +173,30 @@ def test_without_consolidation_every_idle_executor_is_used():
     batcher.decide()
     batcher.offer(ticket(rows=8))
     assert [sent.executor for sent in batcher.decide()] == ["e2"]
+
+
+# Several models, and rules that change
+
+
+def test_a_full_batch_of_less_urgent_work_does_not_leave_before_more_urgent_work_of_another_model():
+    """What is held back for company would be overtaken by whatever is held back for nothing."""
+    batcher = Batcher(max_rows=64, queue_rows=1_000)
+    batcher.hear("e1", S0, S1, models=(MODEL, OTHER))
+    batcher.offer(ticket(rows=64))
+    batcher.decide()
+    (urgent,) = batcher.offer(ticket(priority=1))
+    batcher.offer(ticket(rows=64, model=OTHER))
+    (sent,) = batcher.decide()
+    assert sent.tickets == [urgent]
+
+
+def test_new_rules_are_in_force_at_once():
+    """`narsil tune` would say that it is done, and nothing would change."""
+    batcher = taught()
+    batcher.offer(*(ticket(tenant=name) for name in "ab"))
+    policy = batcher.policy
+    policy.rules = replace(policy.rules, max_rows=8, linger_us=300, slo_us=20_000, ageing=0.5, weights={"a": 3.0})
+    lanes = policy.queues[MODEL].lines[128].lanes
+    assert (lanes["a"].weight, lanes["b"].weight) == (3.0, 1.0)
+    assert (policy.ageing.share, policy.tenants.share("a")) == (0.5, 0.75)
+    assert (policy.tuner.cap_rows, policy.tuner.linger_us, policy.tuner.slo_us) == (8, 300, 20_000)
