@@ -225,6 +225,7 @@ class Batcher(Actor[Message]):
     def turn(self) -> int | None:
         now = now_us()
         self._act(self.policy.decide(now))
+        self._tell_steps()
         self._catalogue.keep(self.policy.executors)
         self._forget_withdrawn()
         self._answering.send()
@@ -234,6 +235,12 @@ class Batcher(Actor[Message]):
             self._idle.set()
         wake = self.policy.wake_us(now)
         return self._beat_due_us if wake is None else min(wake, self._beat_due_us)
+
+    def _tell_steps(self) -> None:
+        for step in self.policy.tuner.steps:
+            self._metrics.tuned.labels(step.knob, step.direction).inc()
+            log.debug("tuned batches, %s %s: %s", step.knob, step.direction, step.why)
+        self.policy.tuner.steps.clear()
 
     def _forget_withdrawn(self) -> None:
         """Their executors wait for the beat that says so."""

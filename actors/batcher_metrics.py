@@ -52,7 +52,9 @@ class BatcherMetrics:
                                  registry=registry)  # fmt: skip
         self.early = Counter("narsil_sent_in_future", "Requests sent later than now, by their clock", registry=registry)
         self.resent = Counter("narsil_batches_resent", "Batches sent a second time", registry=registry)
-        executors = policy.executors
+        self.tuned = Counter("narsil_batch_tuning", "Steps of row cap and linger towards the target",
+                             ["knob", "direction"], registry=registry)  # fmt: skip
+        executors, tuner = policy.executors, policy.tuner
         gauges(
             registry,
             narsil_queue_rows=("Rows waiting", lambda: policy.rows),
@@ -60,5 +62,11 @@ class BatcherMetrics:
             narsil_credits=("Slots in hand", lambda: sum(len(e.free) for e in executors.values())),
             narsil_in_flight=("Batches sent", lambda: sum(len(e.flights) for e in executors.values())),
             narsil_executors_alive=("Executors heard of", lambda: len(executors)),
+            narsil_batch_cap_rows=("Most rows of a batch now", lambda: tuner.cap_rows),
+            narsil_batch_linger_seconds=("Linger now", lambda: tuner.linger_us / 1e6),
+            narsil_batch_slo_seconds=("Target of the p99; 0: none", lambda: tuner.slo_us / 1e6),
+            narsil_batch_p99_seconds=("p99 from arrival to scores, last window of tuning", lambda: tuner.p99_us / 1e6),
+            narsil_batch_wait_p99_seconds=("... from arrival to the cut", lambda: tuner.wait_p99_us / 1e6),
+            narsil_batch_service_p99_seconds=("... from the cut to the scores", lambda: tuner.service_p99_us / 1e6),
             narsil_mailbox_peak=("Most messages taken at once", lambda: mailbox.peak),
         )

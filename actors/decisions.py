@@ -23,6 +23,9 @@ class Rules(Struct, frozen=True):
     """Share of the rows for less urgent work that has aged; 0: strict priorities."""
     weights: dict[str, float] = {}
     """Of tenants; 1 for those that are not named."""
+    slo_us: int = 0
+    """The p99 that row cap and linger are tuned to; 0: they are as configured."""
+    consolidate: bool = False
 
 
 def rules(config: Config, max_bytes: int) -> Rules:
@@ -40,6 +43,8 @@ def rules(config: Config, max_bytes: int) -> Rules:
         coalesce=config.mode != "worker",
         ageing=batch.ageing_percent / 100,
         weights=batch.weights,
+        slo_us=int(batch.slo_p99_ms * 1_000),
+        consolidate=batch.consolidate,
     )
 
 

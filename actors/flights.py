@@ -36,6 +36,11 @@ class Group:
         """Of its open tickets."""
         return sum(ticket.rows for ticket in self.open_tickets())
 
+    @property
+    def work(self) -> int:
+        """Of its open tickets."""
+        return sum(ticket.work for ticket in self.open_tickets())
+
     def open_tickets(self) -> list[Ticket]:
         return [ticket for ticket in self._tickets if ticket.state is State.IN_FLIGHT]
 

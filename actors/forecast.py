@@ -1,8 +1,11 @@
 """How long a request would wait, and whether it can still make it. Pure; times in monotonic µs."""
 
+from collections.abc import Iterator
+
+from narsil_stream.actors.adaptive import Controller
 from narsil_stream.actors.ageing import Ageing
-from narsil_stream.actors.flights import Executor, Fleet
-from narsil_stream.actors.queue import ModelKey, Queue, Ticket
+from narsil_stream.actors.flights import Executor, Fleet, Flight
+from narsil_stream.actors.queue import ModelKey, Queue, State, Ticket
 from narsil_stream.actors.service_time import Pace, ServiceTimes
 
 MARGIN = 1.25
@@ -12,16 +15,47 @@ MARGIN = 1.25
 class Forecast:
     """Of one batcher, from what it measured."""
 
-    def __init__(self, executors: Fleet, queues: dict[ModelKey, Queue], ageing: Ageing) -> None:
+    def __init__(self, executors: Fleet, queues: dict[ModelKey, Queue], ageing: Ageing, tuner: Controller) -> None:
+        self._tuner = tuner
         self._executors = executors
         self._queues = queues
         self._ageing = ageing
         self.times = ServiceTimes()
         self.paces: dict[ModelKey, Pace] = {}
 
-    def cut(self, model: ModelKey, rows: int, waiting_since_us: int, now_us: int) -> None:
+    def cut(self, model: ModelKey, work: int, waiting_since_us: int, now_us: int) -> None:
         """A batch was taken out of a queue in which work waited since then."""
-        self.paces.setdefault(model, Pace()).cut(rows, waiting_since_us, now_us)
+        self.paces.setdefault(model, Pace()).cut(work, waiting_since_us, now_us)
+
+    def learn(self, flight: Flight, service_us: int, alone: bool, now_us: int) -> None:
+        """It came back with its scores. `alone`: its executor had nothing else of ours to do first."""
+        self.times.observe(flight.group.model, sum(ticket.work for ticket in flight.tickets), service_us, now_us)
+        if alone:
+            self.times.carried(now_us - flight.sent_us - service_us)
+        arrivals = (ticket.arrived_us for ticket in flight.tickets if ticket.state is State.IN_FLIGHT)
+        self._tuner.answered(arrivals, flight.rows, flight.sent_us, service_us, now_us)
+
+    def take_hopeless(self, now_us: int) -> Iterator[Ticket]:
+        """Takes out those whose turn it is and that cannot make it any more."""
+        for queue in self._queues.values():
+            while (head := queue.head()) is not None and self._too_late(head, now_us):
+                queue.cancel(head)
+                yield head
+
+    def hopeless(self, ticket: Ticket, now_us: int, soonest_us: int = 0) -> bool:
+        """Whether it is proven that even alone, on an executor that is free so soon, it cannot be scored in time."""
+        within_us = ticket.deadline_us - now_us - soonest_us - self.times.overhead_us
+        return self.times.hopeless(ticket.model, ticket.work, within_us, now_us)
+
+    def _too_late(self, ticket: Ticket, now_us: int) -> bool:
+        """Whether it is hopeless by now, on the executor that is free first."""
+        serving = self._executors.serving(ticket.model)
+        return self.hopeless(ticket, now_us, min((one.remaining_us(now_us) for one in serving), default=0))
+
+    def hopeless_us(self, ticket: Ticket) -> int:
+        """From when on it cannot make it on an executor that is free then."""
+        needs_us = self.times.at_least(ticket.model, ticket.work) + self.times.overhead_us
+        return ticket.deadline_us - needs_us + 1
 
     def forget(self, model: ModelKey) -> None:
         self.paces.pop(model, None)
@@ -35,11 +69,12 @@ class Forecast:
         """
         serving = self._executors.serving(ticket.model)
         waiting = any(queue.count for queue in self._queues.values())
-        after_us = self.times.predict(ticket.model, ticket.rows)
+        queue = self._queues.get(ticket.model)
+        batch = min(self._tuner.cap_rows, ticket.work + (queue.work if queue else 0))
+        after_us = self.times.predict(ticket.model, max(batch, ticket.work))
         if waiting:  # it will be in a full batch, perhaps behind one of another batcher
             after_us = max(after_us, self.times.flight(ticket.model))
         room_us = ticket.deadline_us - now_us - after_us
-        queue = self._queues.get(ticket.model)
         late_us = int(MARGIN * self._wait_us(serving, now_us)) - room_us
         if late_us <= 0 and (queue is None or not queue.shared()):
             return late_us
@@ -47,7 +82,23 @@ class Forecast:
             return 0
         wait_us = self._wait_us(serving, now_us, ticket)
         aged_us = self._aged_wait_us(serving, ticket)
-        return int(MARGIN * (wait_us if aged_us is None else min(wait_us, aged_us))) - room_us
+        late_us = int(MARGIN * (wait_us if aged_us is None else min(wait_us, aged_us))) - room_us
+        if late_us > 0 or queue is None or queue.shared():
+            return late_us
+        return max(late_us, self._pushes_out(ticket, queue, wait_us, len(serving), now_us))
+
+    def _pushes_out(self, ticket: Ticket, queue: Queue, wait_us: int, executors: int, now_us: int) -> int:
+        """By how much one that was admitted before, and is served after it, would miss its deadline. Known only where
+        deadlines alone decide: one class of one tenant."""
+        per_work = max(self.times.us_per_row(ticket.model) / max(1, executors), self._paced(ticket.model, queue))
+        room_us = ticket.deadline_us - now_us - self.times.predict(ticket.model, self._tuner.cap_rows)
+        return max(
+            (
+                int(MARGIN * (wait_us + (ticket.work + between) * per_work)) - room_us - later_us
+                for later_us, between in queue.behind(ticket)
+            ),
+            default=0,
+        )
 
     def wait_us(self, model: ModelKey, now_us: int) -> int:
         """Predicted time until a ticket that comes last starts."""
@@ -60,16 +111,19 @@ class Forecast:
         own, before = 0, 0
         for model, queue in self._queues.items():
             if queue.count and any(model in executor.models for executor in serving):
-                rows = queue.rows if ticket is None else queue.rows_ahead(ticket)
-                own, before = own + queue.rows, before + rows
-                ahead_us += rows * self.times.us_per_row(model)
-                pace = self.paces.get(model)
-                if pace is not None and queue.since_us <= pace.cut_us:
-                    paced_us = max(paced_us, rows * pace.us_per_row)
+                work = queue.work if ticket is None else queue.work_ahead(ticket)
+                own, before = own + queue.work, before + work
+                ahead_us += work * self.times.us_per_row(model)
+                paced_us = max(paced_us, work * self._paced(model, queue))
         if rival_rows := max((executor.rival_rows for executor in serving), default=0):
             # Executors go by deadlines, whichever batcher asks: of the rivals' rows, as large a part is served before.
             ahead_us += rival_rows * (before / own if own else 1.0) * self._us_per_row(serving)
         return int(max(paced_us, ahead_us / max(1, len(serving))))
+
+    def _paced(self, model: ModelKey, queue: Queue) -> float:
+        """µs for each row of work at which the queue moves; 0 while it is not known."""
+        pace = self.paces.get(model)
+        return pace.us_per_row if pace is not None and queue.since_us <= pace.cut_us else 0.0
 
     def _us_per_row(self, serving: list[Executor]) -> float:
         """Of the models that these serve; which of them others wait for is not known."""
@@ -82,9 +136,6 @@ class Forecast:
         queue = self._queues.get(ticket.model)
         if not share or queue is None or not queue.lines or min(queue.lines) >= ticket.priority:
             return None
-        pace = self.paces.get(ticket.model)
-        us_per_row = self.times.us_per_row(ticket.model) / max(1, len(serving))
-        if pace is not None and queue.since_us <= pace.cut_us:
-            us_per_row = max(us_per_row, pace.us_per_row)
+        us_per_row = max(self.times.us_per_row(ticket.model) / max(1, len(serving)), self._paced(ticket.model, queue))
         half_us = (ticket.deadline_us - ticket.arrived_us) // 2
-        return half_us + int((queue.rows_aged_ahead(ticket) + ticket.rows) / share * us_per_row)
+        return half_us + int((queue.work_aged_ahead(ticket) + ticket.work) / share * us_per_row)

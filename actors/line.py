@@ -6,7 +6,7 @@ divided by its weight, and the lowest tag is next. Who comes back starts where t
 
 from bisect import insort
 from collections import defaultdict
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from heapq import heapify, heappop, heapreplace
 
 from narsil_stream.actors.ticket import State, Ticket
@@ -28,14 +28,14 @@ class Lane:
     faster than a heap.
     """
 
-    __slots__ = ("count", "due", "entries", "part", "rows", "tag", "weight")
+    __slots__ = ("count", "due", "entries", "part", "tag", "weight", "work")
 
     def __init__(self, weight: float = 1.0, tag: float = 0.0) -> None:
         self.entries: list[tuple[int, int, Ticket]] = []
         self.count = 0
-        self.rows = 0
+        self.work = 0
         self.due: defaultdict[int, int] = defaultdict(int)
-        """Rows by the step of their deadline."""
+        """Work by the step of its deadline."""
         self.weight = weight
         self.tag = tag
         self.part = 1.0
@@ -51,14 +51,14 @@ class Lane:
     def add(self, ticket: Ticket) -> None:
         insort(self.entries, (ticket.deadline_us, ticket.id, ticket))
         self.count += 1
-        self.rows += ticket.rows
-        self.due[ticket.deadline_us >> STEP] += ticket.rows
+        self.work += ticket.work
+        self.due[ticket.deadline_us >> STEP] += ticket.work
 
     def discount(self, ticket: Ticket) -> None:
         step = ticket.deadline_us >> STEP
         self.count -= 1
-        self.rows -= ticket.rows
-        self.due[step] -= ticket.rows
+        self.work -= ticket.work
+        self.due[step] -= ticket.work
         if not self.due[step]:
             del self.due[step]
 
@@ -86,19 +86,26 @@ class Lane:
         if len(self.entries) > 2 * self.count + 64:
             self.entries = [entry for entry in self.entries if entry[2].state is State.WAITING]
 
-    def rows_until(self, deadline_us: int) -> int:
+    def work_until(self, deadline_us: int) -> int:
         last = deadline_us >> STEP
-        return sum(rows for step, rows in self.due.items() if step <= last)
+        return sum(work for step, work in self.due.items() if step <= last)
+
+    def after(self, deadline_us: int) -> Iterator[tuple[int, int]]:
+        """How much later each later step is, and the work from there up to it, itself included."""
+        work, last = 0, deadline_us >> STEP
+        for step in sorted(step for step in self.due if step > last):
+            work += self.due[step]
+            yield (step << STEP) - deadline_us, work
 
 
 class Line:
     """Lanes by tenant, each with one ticket at least."""
 
-    __slots__ = ("_due_us", "_tags", "_virtual", "count", "lanes", "part", "rows")
+    __slots__ = ("_due_us", "_tags", "_virtual", "count", "lanes", "part", "work")
 
     def __init__(self) -> None:
         self.lanes: dict[str, Lane] = {}
-        self.rows = 0
+        self.work = 0
         self.count = 0
         self.part = 1.0
         """Of the rows that left the queue while this class had more waiting, those that were its own; a moving mean."""
@@ -115,7 +122,7 @@ class Line:
             tag = max(self._virtual, self._tags.pop(ticket.tenant, 0.0))
             lane = self.lanes[ticket.tenant] = Lane(weight, tag)
         lane.add(ticket)
-        self.rows += ticket.rows
+        self.work += ticket.work
         self.count += 1
         if self._due_us is not None and ticket.deadline_us < self._due_us:
             self._due_us = ticket.deadline_us
@@ -173,17 +180,17 @@ class Line:
         self._discount(taken)
         return taken
 
-    def rows_ahead(self, ticket: Ticket, weight: float) -> int:
-        """Rows that would be served before a new ticket: of its tenant those with earlier deadlines, of the others what
+    def work_ahead(self, ticket: Ticket, weight: float) -> int:
+        """Work that would be served before a new ticket: of its tenant those with earlier deadlines, of the others what
         their turns allow meanwhile, or what they have been taking lately, as more of theirs will come."""
         lanes = self.lanes
         own = lanes.get(ticket.tenant)
-        ahead = own.rows_until(ticket.deadline_us) if own is not None else 0
+        ahead = own.work_until(ticket.deadline_us) if own is not None else 0
         part = own.part if own is not None else 1.0
         if len(lanes) == (own is not None) and part > ALONE:
             return ahead
-        turns = (ahead + ticket.rows) / weight
-        others = sum(min(lane.rows, turns * lane.weight) for lane in lanes.values() if lane is not own)
+        turns = (ahead + ticket.work) / weight
+        others = sum(min(lane.work, turns * lane.weight) for lane in lanes.values() if lane is not own)
         return ahead + int(max(others, ahead * (1 / part - 1)))
 
     def _take_turns(self, fits: Callable[[Ticket], bool]) -> list[Ticket]:
@@ -234,7 +241,7 @@ class Line:
     def _discount(self, tickets: list[Ticket]) -> None:
         self.count -= len(tickets)
         for ticket in tickets:
-            self.rows -= ticket.rows
+            self.work -= ticket.work
         self._due_us = None
 
 

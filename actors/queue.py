@@ -1,6 +1,7 @@
 """The batcher's waiting room for one model: priority classes, each with its tenants. Pure; times in monotonic µs."""
 
-from collections.abc import Callable, Iterable
+import sys
+from collections.abc import Callable, Iterable, Iterator
 
 from narsil_stream.actors.line import ALONE, Line, learnt
 from narsil_stream.actors.tenants import Tenants
@@ -12,12 +13,13 @@ __all__ = ["ModelKey", "Queue", "State", "Ticket"]
 class Queue:
     """Lines by priority; each has at least one ticket. `tenants` counts what waits here too."""
 
-    __slots__ = ("bytes", "count", "lines", "rows", "since_us", "tenants")
+    __slots__ = ("bytes", "count", "lines", "rows", "since_us", "tenants", "work")
 
     def __init__(self, tenants: Tenants | None = None) -> None:
         self.tenants = tenants or Tenants({})
         self.lines: dict[int, Line] = {}
         self.rows = 0
+        self.work = 0
         self.bytes = 0
         self.count = 0
         self.since_us = 0
@@ -31,6 +33,7 @@ class Queue:
             self.since_us = ticket.arrived_us
         line.add(ticket, self.tenants.weight(ticket.tenant))
         self.rows += ticket.rows
+        self.work += ticket.work
         self.bytes += ticket.bytes
         self.count += 1
         self.tenants.add(ticket.tenant, ticket.rows, ticket.bytes)
@@ -51,21 +54,38 @@ class Queue:
         heads = [head for of, line in self.lines.items() if of > than and (head := line.first()).aged(now_us)]
         return min(heads, key=_deadline, default=None)
 
-    def cut(self, max_rows: int, max_bytes: int, coalesce: bool = True, aged: Iterable[Ticket] = ()) -> list[Ticket]:
+    def cut(
+        self,
+        max_rows: int,
+        max_bytes: int,
+        coalesce: bool = True,
+        aged: Iterable[Ticket] = (),
+        in_time: Callable[[int], int] | None = None,
+    ) -> list[Ticket]:
         """Takes out the next batch: the most urgent ticket, and those behind it until the first that does not fit.
 
         `aged`: what goes before them, each as `aged` gives it at that time.
+        `in_time`: how much work still meets a deadline. The earliest one of the batch bounds it.
         """
-        rows = size = 0
+        rows = size = work = 0
+        due_us = most = sys.maxsize
         full = False
 
         def fits(ticket: Ticket) -> bool:
-            nonlocal rows, size, full
-            if rows and (not coalesce or rows + ticket.rows > max_rows or size + ticket.bytes > max_bytes):
+            nonlocal rows, size, work, due_us, most, full
+            bound = in_time(ticket.deadline_us) if in_time is not None and ticket.deadline_us < due_us else most
+            if rows and (
+                not coalesce
+                or rows + ticket.rows > max_rows
+                or size + ticket.bytes > max_bytes
+                or work + ticket.work > bound
+            ):
                 full = True
                 return False
             rows += ticket.rows
             size += ticket.bytes
+            work += ticket.work
+            due_us, most = min(due_us, ticket.deadline_us), bound
             return True
 
         tickets: list[Ticket] = []
@@ -108,8 +128,8 @@ class Queue:
             return True
         return any(line.part < ALONE for line in self.lines.values())
 
-    def rows_ahead(self, ticket: Ticket) -> int:
-        """Rows that would be served before a new ticket, by class and turn; deadlines count to the step.
+    def work_ahead(self, ticket: Ticket) -> int:
+        """Work that would be served before a new ticket, by class and turn; deadlines count to the step.
 
         Of more urgent classes those that wait, or as many as they have been taking lately, as more of theirs will come.
         """
@@ -117,23 +137,36 @@ class Queue:
         awaited = 0.0
         for of, line in self.lines.items():
             if of < ticket.priority:
-                ahead += line.rows
+                ahead += line.work
             elif of == ticket.priority:
-                own = line.rows_ahead(ticket, self.tenants.weight(ticket.tenant))
+                own = line.work_ahead(ticket, self.tenants.weight(ticket.tenant))
                 ahead += own
                 awaited = own / line.part
         return max(ahead, int(awaited))
 
-    def rows_aged_ahead(self, ticket: Ticket) -> int:
-        """Rows that would be served before a new ticket out of what is kept for aged work: by turn in its own class,
+    def work_aged_ahead(self, ticket: Ticket) -> int:
+        """Work that would be served before a new ticket out of what is kept for aged work: by turn in its own class,
         and by deadline in the other ones."""
         ahead = 0
         for of, line in self.lines.items():
             if of == ticket.priority:
-                ahead += line.rows_ahead(ticket, self.tenants.weight(ticket.tenant))
+                ahead += line.work_ahead(ticket, self.tenants.weight(ticket.tenant))
             elif of > min(self.lines):
-                ahead += sum(lane.rows_until(ticket.deadline_us) for lane in line.lanes.values())
+                ahead += sum(lane.work_until(ticket.deadline_us) for lane in line.lanes.values())
         return ahead
+
+    def behind(self, ticket: Ticket) -> Iterator[tuple[int, int]]:
+        """Those of its class and tenant with later deadlines than a new ticket: how much later, to the step, and the
+        work from there up to them, themselves included."""
+        line = self.lines.get(ticket.priority)
+        lane = line.lanes.get(ticket.tenant) if line is not None else None
+        return lane.after(ticket.deadline_us) if lane is not None else iter(())
+
+    def reweigh(self) -> None:
+        """The weights of tenants have changed."""
+        for line in self.lines.values():
+            for name, lane in line.lanes.items():
+                lane.weight = self.tenants.weight(name)
 
     def _learn_parts(self, tickets: list[Ticket]) -> None:
         """What part of the batch each class had that still waits."""
@@ -163,6 +196,7 @@ class Queue:
         self.count -= len(tickets)
         for ticket in tickets:
             self.rows -= ticket.rows
+            self.work -= ticket.work
             self.bytes -= ticket.bytes
             self.tenants.remove(ticket.tenant, ticket.rows, ticket.bytes)
 

@@ -7,6 +7,7 @@ from narsil_stream.actors.batcher_metrics import BatcherMetrics
 from narsil_stream.actors.catalogue import Catalogue
 from narsil_stream.actors.queue import ModelKey, Ticket
 from narsil_stream.actors.scheduling import Scheduler
+from narsil_stream.actors.service_time import work_of
 from narsil_stream.core.actor import now_us, unix_us
 from narsil_stream.core.admission import Rows
 from narsil_stream.core.config import BatchConfig
@@ -80,6 +81,7 @@ class Reception:
         return Ticket(
             self._tickets, key, rows.count, size, request.priority or DEFAULT_PRIORITY, now, now + budget_us,
             Work(rows, caller), tenant=request.tenant,
+            work=work_of(rows.count, rows.ids.nbytes // 4, admission.spec.n_sparse),
         )  # fmt: skip
 
     def _refuse_early(self, model: ModelKey, request: InferRequest, now: int, budget_us: int) -> None:

@@ -3,18 +3,21 @@
 Times are µs of one monotonic clock. The rules (docs: "how a request flows"):
 work-conserving: a free slot takes what waits, at once; batches grow while all slots are busy.
 More urgent classes first, but for a share that goes to work that has aged; inside a class tenants take turns, and
-inside a tenant the earliest deadline goes first. What cannot be answered inside its budget is refused on arrival.
+inside a tenant the earliest deadline goes first. What cannot be answered inside its budget is refused on arrival, or
+as soon as that is known.
 A batch whose executor is lost or silent is sent once more, to another one. A batch that fails is halved to find the
 culprit.
 """
 
 from collections.abc import Iterator, Sequence
 
+from narsil_stream.actors.adaptive import Controller
 from narsil_stream.actors.ageing import Ageing
 from narsil_stream.actors.cutting import Cutting
 from narsil_stream.actors.decisions import Decision, Dispatch, Drop, Rules, dropped
 from narsil_stream.actors.flights import DEMAND_EVERY_US, Executor, Fleet, Flight, Group
 from narsil_stream.actors.forecast import Forecast
+from narsil_stream.actors.patience import in_order
 from narsil_stream.actors.pleading import Pleading
 from narsil_stream.actors.queue import ModelKey, Queue, State, Ticket
 from narsil_stream.actors.retrying import Retries
@@ -34,20 +37,35 @@ class Scheduler:
 
     def __init__(self, name: str, rules: Rules) -> None:
         self.name = name
-        self.rules = rules
+        self._rules = rules
         self.executors = Fleet()
         self.queues: dict[ModelKey, Queue] = {}
         self.tenants = Tenants(rules.weights)
         self.ageing = Ageing(rules.ageing)
+        self.tuner = Controller(rules.slo_us, rules.max_rows, rules.linger_us)
         self.retries = Retries(self.executors)
-        self.forecast = Forecast(self.executors, self.queues, self.ageing)
-        self.cutting = Cutting(self.queues, self.forecast, self.ageing)
+        self.forecast = Forecast(self.executors, self.queues, self.ageing, self.tuner)
+        self.cutting = Cutting(self.executors, self.queues, self.forecast, self.ageing, self.tuner)
         self.pleading = Pleading(name, self.executors, self.queues, self.retries)
         self._batches = 0
         self._decided_us = 0
         self._overloaded_us = -OVERLOAD_US
         self._told_rows = 0
         """What the last heartbeat said, also to executors that were not known here yet."""
+
+    @property
+    def rules(self) -> Rules:
+        """May be replaced while it works: what was learnt is kept, but for the steps of tuning."""
+        return self._rules
+
+    @rules.setter
+    def rules(self, rules: Rules) -> None:
+        self._rules = rules
+        self.ageing.share = rules.ageing
+        self.tenants.weights = rules.weights
+        for queue in self.queues.values():
+            queue.reweigh()
+        self.tuner.follow(rules.slo_us, rules.max_rows, rules.linger_us)
 
     @property
     def rows(self) -> int:
@@ -64,6 +82,11 @@ class Scheduler:
         for queue in self.queues.values():
             size += queue.bytes
         return size
+
+    @property
+    def may_wait(self) -> bool:
+        """Whether work may wait although an executor is free."""
+        return bool(self.tuner.linger_us or self.rules.consolidate)
 
     # What happens
 
@@ -91,10 +114,12 @@ class Scheduler:
         if not self.executors.offered(ticket.model):
             raise Refused(Fault.UNAVAILABLE, "no executor is alive for this model", rules.lease_us)
         self._find_room(ticket, now_us)
+        budget_us = ticket.deadline_us - now_us
+        if self.forecast.hopeless(ticket, now_us):
+            raise Refused(Fault.DEADLINE_EXCEEDED, f"scoring it takes longer than its budget of {budget_us} us")
         late_us = self.forecast.late_by(ticket, now_us)
         if late_us > 0:
             self._overloaded_us = now_us
-            budget_us = ticket.deadline_us - ticket.arrived_us
             raise Refused(
                 Fault.OVERLOADED,
                 f"the wait would be {budget_us + late_us} us; the budget is {budget_us} us",
@@ -160,13 +185,13 @@ class Scheduler:
         flight = executor.flights.pop(result.batch, None)
         if flight is None:
             return [], []
-        executor.landed_us = now_us
+        landed_us, executor.landed_us = executor.landed_us, now_us
         group = flight.group
         if not flight.late:
             self.forecast.times.landed(group.model, now_us - flight.sent_us)
         size = result.scores.nbytes
         if size == flight.rows * FLOAT_BYTES:
-            self.forecast.times.observe(group.model, flight.rows, result.service_us)
+            self.forecast.learn(flight, result.service_us, landed_us <= flight.sent_us, now_us)
             tickets = [] if group.done else flight.tickets
             group.done = True
             return tickets, []
@@ -191,10 +216,12 @@ class Scheduler:
         self._excuse_own_pause(now_us)
         decisions: list[Decision] = []
         self.executors.give_up_expected(now_us)
+        self.tuner.adjust(len(self.executors), now_us)
         decisions += self._lost_executors(now_us)
         if self._waits() or self.executors.busy():
             decisions += self._expired(now_us)
             decisions += self._unserved()
+            decisions += self._hopeless(now_us)
             self.retries.add_overdue(now_us)
             decisions += self._dispatches(now_us)
         decisions += self.pleading.due(now_us)
@@ -267,6 +294,11 @@ class Scheduler:
             self.retries.forget_done()
         return drops
 
+    def _hopeless(self, now_us: int) -> Iterator[Drop]:
+        """What cannot be scored in time any more, even alone: computing it would make others late."""
+        why = "too little of the budget is left to score it"
+        return (dropped(ticket, LATE, why) for ticket in self.forecast.take_hopeless(now_us))
+
     def _excuse_own_pause(self, now_us: int) -> None:
         """Heartbeats that came while this process itself stood still are not read yet: nobody is dead for that."""
         pause_us, self._decided_us = now_us - self._decided_us, now_us
@@ -300,7 +332,7 @@ class Scheduler:
     def _dispatches(self, now_us: int) -> Iterator[Dispatch]:
         while self._waits():
             ready = [executor for executor in self.executors.values() if executor.up and executor.free]
-            for executor in sorted(ready, key=lambda executor: len(executor.flights)):
+            for executor in in_order(ready, self.rules.consolidate):
                 group = self.retries.take_for(executor) or self.cutting.next(executor, self.rules, now_us)
                 if group is not None:
                     yield self._dispatch(executor, group, now_us)
@@ -314,7 +346,7 @@ class Scheduler:
         rows = sum(ticket.rows for ticket in tickets)
         self._batches += 1
         group.sends += 1
-        predicted_us = self.forecast.times.predict(group.model, rows)
+        predicted_us = self.forecast.times.predict(group.model, sum(ticket.work for ticket in tickets))
         patience_us = int(rules.failover_factor * (executor.remaining_us(now_us) + predicted_us))
         patience_us = max(patience_us, rules.failover_floor_us, 0 if predicted_us else rules.lease_us)
         patience_us += executor.rival_slots * self.forecast.times.longest(group.model)
@@ -337,14 +369,13 @@ class Scheduler:
     # Looking around
 
     def _next_ending_us(self, now_us: int) -> int:
-        """When the next budget runs out or a linger ends."""
+        """When the next budget runs out or becomes too short, or a wait for company ends."""
         next_us = NEVER
         for model, queue in self.queues.items():
-            due_us = queue.earliest_deadline()
-            if due_us is not None:
-                next_us = min(next_us, due_us)
-                if self.rules.linger_us and (ripe_us := self.cutting.ripe_us(model, queue, self.rules)) > now_us:
-                    next_us = min(next_us, ripe_us)
+            due_us, head = queue.earliest_deadline(), queue.head()
+            if due_us is not None and head is not None:
+                alarms = (self.forecast.hopeless_us(head), *self.cutting.alarms(model, queue, self.rules, now_us))
+                next_us = min(next_us, due_us, *(alarm for alarm in alarms if alarm > now_us))
         if self.retries or self.executors.busy():
             for group in self._groups():
                 due_us = group.earliest_deadline()

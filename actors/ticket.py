@@ -35,6 +35,11 @@ class Ticket:
     payload: Any = None
     state: State = State.WAITING
     tenant: str = ""
+    work: int = 0
+    """In rows, for predicted times: more than `rows` where bags hold more ids than one. 0: as many as `rows`."""
+
+    def __post_init__(self) -> None:
+        self.work = self.work or self.rows
 
     def aged(self, now_us: int) -> bool:
         """Whether half of its budget has run out."""

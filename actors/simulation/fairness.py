@@ -110,10 +110,8 @@ class Fairness:
     def _check_starving(self, executor: str, taken: list[Ticket], rows: int, now: int) -> None:
         """Aged work has its turn before more than its share allows has gone before it."""
         share, most = self._rules.ageing, self._rules.max_rows
-        if not share or self._rules.linger_us:
-            return
         urgent = min(self._most_urgent(executor), *(ticket.priority for ticket in taken))
-        if any(ticket.priority > urgent for ticket in taken):  # it had its turn
+        if not share or self._batcher.policy.may_wait or any(ticket.priority > urgent for ticket in taken):
             self._starved = 0
             return
         if not self._starves(executor, urgent, now):

@@ -1,6 +1,6 @@
 """Policy errors that can be planted, to see that the referee finds them. Each is a patch of the real policy's class."""
 
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any, NamedTuple
 
@@ -41,9 +41,9 @@ def _reversed_classes(cut: Callable[..., list[Ticket]]) -> Callable[..., list[Ti
     def reverse(queue: Queue) -> None:
         queue.lines = {-priority: line for priority, line in queue.lines.items()}
 
-    def wrong(self: Queue, max_rows: int, max_bytes: int, coalesce: bool, _: Iterable[Ticket]) -> list[Ticket]:
+    def wrong(self: Queue, *limits: Any) -> list[Ticket]:
         reverse(self)
-        tickets = cut(self, max_rows, max_bytes, coalesce)
+        tickets = cut(self, *limits)
         reverse(self)
         return tickets
 

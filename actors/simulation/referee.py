@@ -117,7 +117,9 @@ class Referee:
         """A batcher with work for it, if no fault has struck either of late, nor who holds its slots."""
         shaken_us = self._world.weather.shaken_us
         concerned = [executor.name, *(place.holder for place in executor.ledger.places)]
-        if self._world.rules.linger_us or any(shaken_us.get(name, 0) > now for name in concerned):
+        if any(batcher.policy.may_wait for batcher in self._world.batchers) or any(
+            shaken_us.get(name, 0) > now for name in concerned
+        ):
             return None
         for batcher in hungry:
             known = batcher.policy.executors.get(executor.name)

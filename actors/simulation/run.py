@@ -32,7 +32,7 @@ class Outcome:
 
 
 def rules_of(seed: int) -> Rules:
-    """Mostly the plain ones; some runs have a linger, some take each request alone, some have strict priorities."""
+    """Mostly the plain ones; some have a linger, a target, consolidation, strict priorities, or each request alone."""
     rng = random.Random(seed)
     return replace(
         RULES,
@@ -40,6 +40,8 @@ def rules_of(seed: int) -> Rules:
         linger_us=rng.choice((0,) * 9 + (2_000,)),
         ageing=rng.choice((0.0, 0.1, 0.5)),
         weights=rng.choice(({}, {"a": 3.0})),
+        slo_us=rng.choice((0,) * 4 + (5_000,)),
+        consolidate=rng.random() < 0.1,
     )
 
 

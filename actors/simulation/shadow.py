@@ -4,6 +4,7 @@ from typing import TYPE_CHECKING
 
 from narsil_stream.actors.decisions import Dispatch, Drop
 from narsil_stream.actors.leasing import Place
+from narsil_stream.actors.patience import staged
 from narsil_stream.actors.queue import ModelKey, State, Ticket
 from narsil_stream.actors.retrying import MAX_SENDS
 from narsil_stream.actors.simulation.fairness import Fairness
@@ -130,7 +131,7 @@ class Shadow:
         actors = self._batcher.world.executors_by_name
         for known in policy.executors.values():
             if known.free:
-                if rows and known.up and not rules.linger_us and self.wanted(known.models):
+                if rows and known.up and not (self._policy.may_wait or staged(known)) and self.wanted(known.models):
                     fail(f"{name} holds a slot of {known.id} and lets work wait")
                 actor = actors.get(known.id)
                 if actor is not None:

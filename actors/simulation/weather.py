@@ -22,6 +22,7 @@ AFTERMATH_US = 125_000
 """So long a fault excuses those whom it struck from working without a pause: a lease and a heartbeat, until it is found
 out."""
 ON_TIME = (0,)
+OVERDUE_US = 100_000
 
 
 @dataclass(frozen=True)
@@ -84,7 +85,7 @@ class Weather:
             return message, ON_TIME
         if self._sides and self._cut(sender, to):
             return message, self._struck("partition", sender, to, message, ())
-        if self._credit and isinstance(message, Grant | Result) and self._rng.random() < self._credit:
+        if self._credit and isinstance(message, Grant | Result) and self._loses_credit():
             if isinstance(message, Grant):
                 return message, self._struck("lost credit", sender, to, message, ())
             if message.grant is not None:
@@ -96,6 +97,12 @@ class Weather:
                 return message, self._struck(kind, sender, to, message, self._times(kind))
             luck -= share
         return message, ON_TIME
+
+    def _loses_credit(self) -> bool:
+        """By chance; if none was lost in the first half of a storm, the next one is."""
+        world = self._world
+        spared = world.now > OVERDUE_US and not world.tally["fault", "lost credit"]
+        return self._rng.random() < self._credit or spared
 
     def _times(self, kind: str) -> tuple[int, ...]:
         match kind:

@@ -5,6 +5,7 @@ from pathlib import Path
 import rich_click as click
 
 from narsil_stream.cli import bench_chaos, bench_serving
+from narsil_stream.cli.bench_scheduling import scheduling
 
 _file = click.Path(path_type=Path, dir_okay=False)
 
@@ -19,6 +20,7 @@ def bench() -> None:
 
 for _command in (*bench_serving.COMMANDS, bench_chaos.chaos):
     bench.add_command(_command)
+bench.add_command(scheduling)
 
 
 @bench.command()

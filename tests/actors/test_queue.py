@@ -96,7 +96,7 @@ def test_cancelled_tickets_do_not_pile_up_behind_a_waiting_one():
     assert queue.count == 1
 
 
-def test_rows_ahead_are_those_of_more_urgent_priorities_and_earlier_deadlines():
+def test_work_ahead_are_those_of_more_urgent_priorities_and_earlier_deadlines():
     """The predicted wait decides on refusal: who comes later does not count."""
     step = 1 << 12
     queue = filled(
@@ -105,9 +105,9 @@ def test_rows_ahead_are_those_of_more_urgent_priorities_and_earlier_deadlines():
         ticket(rows=4, priority=2, deadline_us=5 * step),
         ticket(rows=8, priority=3, deadline_us=1 * step),
     )
-    assert queue.rows_ahead(ticket(priority=1, deadline_us=8 * step)) == 0
-    assert queue.rows_ahead(ticket(priority=2, deadline_us=3 * step)) == 1 + 2
-    assert queue.rows_ahead(ticket(priority=2, deadline_us=5 * step)) == 1 + 2 + 4
+    assert queue.work_ahead(ticket(priority=1, deadline_us=8 * step)) == 0
+    assert queue.work_ahead(ticket(priority=2, deadline_us=3 * step)) == 1 + 2
+    assert queue.work_ahead(ticket(priority=2, deadline_us=5 * step)) == 1 + 2 + 4
 
 
 def test_the_accounts_agree_with_the_content_whatever_happens():
@@ -133,7 +133,7 @@ def test_the_accounts_agree_with_the_content_whatever_happens():
         assert queue.bytes == sum(one.bytes for one in inside)
         assert queue.head() is min(inside, key=lambda t: (t.priority, t.deadline_us, t.id), default=None)
         assert queue.earliest_deadline() == min((one.deadline_us for one in inside), default=None)
-        assert queue.rows_ahead(ticket(priority=9)) == queue.rows
+        assert queue.work_ahead(ticket(priority=9)) == queue.work
     assert sorted(queue.drain(), key=id) == sorted(inside, key=id)
     assert (queue.rows, queue.bytes, queue.count, queue.lines) == (0, 0, 0, {})
 
@@ -197,8 +197,8 @@ def test_inside_a_tenant_the_earliest_deadline_goes_first():
 def test_the_rows_ahead_of_a_modest_tenant_are_few():
     """It would be refused for a backlog that is not before it."""
     queue = filled(*(ticket(rows=5, tenant="greedy", deadline_us=at) for at in range(100)))
-    assert queue.rows_ahead(ticket(rows=3, tenant="modest")) == 3
-    assert queue.rows_ahead(ticket(rows=3, tenant="greedy")) == 500
+    assert queue.work_ahead(ticket(rows=3, tenant="modest")) == 3
+    assert queue.work_ahead(ticket(rows=3, tenant="greedy")) == 500
 
 
 def test_the_tenants_that_are_told_apart_are_bounded():

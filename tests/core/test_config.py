@@ -95,6 +95,15 @@ def test_a_wrong_value_of_a_flag_or_a_file_names_that_flag_or_file(toml):
     assert "(flag --batch-max-rows): expected a whole number from 1 to" in problem(flags={"batch.max_rows": "0"})
 
 
+def test_a_duration_may_carry_its_unit_in_a_flag_or_a_variable():
+    """`--slo-p99 20ms` is what people write; another unit is refused instead of being taken for milliseconds."""
+    assert load(None, {}, {"batch.slo_p99_ms": "20ms"}).config.batch.slo_p99_ms == 20
+    assert load(None, {"NARSIL_BATCH_SLO_P99_MS": "2.5 ms"}, {}).config.batch.slo_p99_ms == 2.5
+    assert settings()["batch.slo_p99_ms"].flag == "--slo-p99"
+    with pytest.raises(ConfigError, match=r"--slo-p99.*expected a number from 0 to 60000"):
+        load(None, {}, {"batch.slo_p99_ms": "20us"})
+
+
 def test_every_problem_is_told_at_once():
     """One restart for each typo is a waste of a deployment."""
     assert len(problem({"NARSIL_MODE": "x", "NARSIL_HTTP_PORT": "x", "NARSIL_NO": "x"}).splitlines()) == 3

@@ -275,6 +275,25 @@ class BatchConfig(Struct, frozen=True, forbid_unknown_fields=True):
             extra=LIVE,
         ),
     ] = 0
+    slo_p99_ms: Annotated[
+        float,
+        Meta(
+            ge=0,
+            le=60_000,
+            description="Target for the p99 from arrival in the batcher to the scores, ms (20 or 20ms): row cap and "
+            "linger of batches are tuned to it, up to `max_rows` and from `linger_us` on. 0: they stay as configured. "
+            "Larger: fuller batches, later answers. It refuses nobody: budgets do.",
+            extra=LIVE | {"flag": "--slo-p99", "unit": "ms"},
+        ),
+    ] = 0.0
+    consolidate: Annotated[
+        bool,
+        Meta(
+            description="Keep batches full by using as few executors as meet the deadlines. Fewer passes, later "
+            "answers; for two executors or more.",
+            extra=LIVE,
+        ),
+    ] = False
     default_budget_us: Annotated[
         int,
         Meta(
@@ -303,6 +322,7 @@ class BatchConfig(Struct, frozen=True, forbid_unknown_fields=True):
             description="While more urgent requests wait: the share of the rows that goes to less urgent ones which "
             "have waited for half of their budget, percent. 0: none, so that they may starve. Larger: urgent requests "
             "wait longer.",
+            extra=LIVE,
         ),
     ] = 10
     tenant_weights: Annotated[

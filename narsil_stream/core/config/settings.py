@@ -32,7 +32,12 @@ class Setting(Struct, frozen=True):
 
     @property
     def flag(self) -> str:
-        return "--" + self.key.replace(".", "-").replace("_", "-")
+        return str(self.extra.get("flag") or "--" + self.key.replace(".", "-").replace("_", "-"))
+
+    @property
+    def unit(self) -> str:
+        """What may follow the number in a flag or variable; "": nothing."""
+        return str(self.extra.get("unit", ""))
 
     @property
     def variable(self) -> str:

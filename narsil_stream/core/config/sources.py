@@ -186,8 +186,11 @@ def _from_flags(flags: Mapping[str, object], found: _Found) -> None:
 def _converted(found: _Found, user_home: Path) -> Iterator[tuple[str, Any]]:
     for key, given in found.given.items():
         setting = settings()[key]
+        plain = given.value
+        if setting.unit and isinstance(plain, str):
+            plain = plain.removesuffix(setting.unit).rstrip()
         try:
-            value = msgspec.convert(given.value, setting.type, strict=given.strict)
+            value = msgspec.convert(plain, setting.type, strict=given.strict)
         except msgspec.ValidationError:
             found.problems.append(f"{_told(setting, given.value, given.source)}: expected {setting.expected}")
             continue
