@@ -85,13 +85,15 @@ class Forecast:
         late_us = int(MARGIN * (wait_us if aged_us is None else min(wait_us, aged_us))) - room_us
         if late_us > 0 or queue is None or queue.shared():
             return late_us
-        return max(late_us, self._pushes_out(ticket, queue, wait_us, len(serving), now_us))
+        return max(late_us, self._pushes_out(ticket, queue, wait_us, room_us, len(serving)))
 
-    def _pushes_out(self, ticket: Ticket, queue: Queue, wait_us: int, executors: int, now_us: int) -> int:
+    def _pushes_out(self, ticket: Ticket, queue: Queue, wait_us: int, room_us: int, executors: int) -> int:
         """By how much one that was admitted before, and is served after it, would miss its deadline. Known only where
-        deadlines alone decide: one class of one tenant."""
+        deadlines alone decide: one class of one tenant.
+
+        `wait_us`: of `ticket`; `room_us`: what it has for that.
+        """
         per_work = max(self.times.us_per_row(ticket.model) / max(1, executors), self._paced(ticket.model, queue))
-        room_us = ticket.deadline_us - now_us - self.times.predict(ticket.model, self._tuner.cap_rows)
         return max(
             (
                 int(MARGIN * (wait_us + (ticket.work + between) * per_work)) - room_us - later_us

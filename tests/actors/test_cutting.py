@@ -99,6 +99,17 @@ def test_a_newcomer_does_not_push_out_whoever_was_admitted_before():
     batcher.offer(ticket(rows=64, deadline_us=60_000, priority=1))
 
 
+def test_a_cold_start_does_not_refuse_for_the_sake_of_batches_that_are_not_there():
+    """Full batches are not measured yet, and in proportion to a lone row they would take seconds."""
+    batcher = Batcher(max_rows=4_096, queue_rows=65_536, max_bytes=1_000_000, queue_bytes=1_000_000)
+    batcher.hear("e1", S0)
+    batcher.teach(1, 1_000)
+    batcher.offer(ticket())
+    batcher.decide()
+    batcher.offer(*(ticket() for _ in range(40)))
+    batcher.offer(ticket(deadline_us=60_000))
+
+
 # When it leaves
 
 
