@@ -28,6 +28,8 @@ from tests.gateways.calling import GrpcCaller, close, infer_message, triton_clie
 from tests.support import PATIENCE_S, NatsServer, System, expected, plain_environ
 
 MOST_ROWS = 10_000
+MINUTE_US = 60_000_000
+"""A budget for large requests: how fast the machine is does not count."""
 """More than a batch holds: these are split."""
 
 
@@ -65,7 +67,7 @@ def test_rows_get_their_scores_and_their_id_back(
 ) -> None:
     """The one thing that everybody comes for, up to a batch and above."""
     asked = some_rows(criteo_model, rows)
-    answer = client.infer("ctr", triton_inputs(asked), request_id="mine/1 é")
+    answer = client.infer("ctr", triton_inputs(asked), request_id="mine/1 é", timeout=MINUTE_US)
     said = answer.get_response()
     assert close(answer.as_numpy("scores"), asked)
     assert (said.id, said.model_name, said.model_version) == ("mine/1 é", "ctr", "1")
