@@ -8,7 +8,7 @@ from typing import Self
 from granian.rsgi import HTTPProtocol, ProtocolClosed, ProtocolError, Scope
 
 from narsil_stream.core.config.schema import HttpConfig
-from narsil_stream.gateways.http1 import Exchange
+from narsil_stream.gateways.http1_exchange import Exchange
 from narsil_stream.gateways.http_codec import ENCODINGS, JSON_BYTES, inflated
 from narsil_stream.schemas.errors import Fault, Refused
 

@@ -24,7 +24,7 @@ from nats.aio.subscription import Subscription
 from narsil_stream.core.config import NatsConfig
 from narsil_stream.core.config.rules import FILES, unreadable
 from narsil_stream.core.config.settings import without_login
-from narsil_stream.core.connection import Connection, Take
+from narsil_stream.core.connection import Connection, Headers, Take
 from narsil_stream.core.parser import Parser
 from narsil_stream.core.ports import address
 from narsil_stream.schemas import subjects
@@ -192,7 +192,7 @@ class Bus:
         Several actors of one process may listen to one subject; `owner` tells them apart for `unsubscribe`.
         """
 
-        def take(_: bytes, __: bytes, payload: bytes) -> None:
+        def take(_: bytes, __: bytes, payload: bytes, ___: Headers) -> None:
             try:
                 decoded = decode(payload)
             except (msgspec.MsgspecError, ValueError, RecursionError) as error:
@@ -208,10 +208,10 @@ class Bus:
     async def subscribe(
         self, subject: str, handler: Callable[[Msg], None], queue: str = "", owner: object = None
     ) -> None:
-        """Raw messages of a subject, wildcards allowed; without their headers."""
+        """Raw messages of a subject, wildcards allowed."""
 
-        def take(subject: bytes, reply: bytes, payload: bytes) -> None:
-            handler(Msg(self._nats, subject.decode(), reply.decode(), payload))
+        def take(subject: bytes, reply: bytes, payload: bytes, headers: Headers) -> None:
+            handler(Msg(self._nats, subject.decode(), reply.decode(), payload, headers))
 
         await self._subscribe(subject, take, queue, owner, None)
 
@@ -233,9 +233,9 @@ class Bus:
         owner: object,
         local: Callable[[Any], None] | None,
     ) -> None:
-        def guarded(said: bytes, reply: bytes, payload: bytes) -> None:
+        def guarded(said: bytes, reply: bytes, payload: bytes, headers: Headers) -> None:
             try:
-                take(said, reply, payload)
+                take(said, reply, payload, headers)
             except Refused as refused:
                 log.info("a message on %s has no answer: %s", subject, refused.detail)
             except UnicodeDecodeError:
@@ -245,7 +245,7 @@ class Bus:
 
         async def on_message(message: Msg) -> None:
             """Of those that come past the short way: over a WebSocket."""
-            guarded(message.subject.encode(), message.reply.encode(), message.data)
+            guarded(message.subject.encode(), message.reply.encode(), message.data, message.headers)
 
         subscription = await self._nats.subscribe(
             subject, queue=queue, cb=on_message, pending_msgs_limit=65_536, pending_bytes_limit=256 << 20

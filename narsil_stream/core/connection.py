@@ -19,8 +19,9 @@ from narsil_stream.core.parser import HMSG, LINE_BYTES, MSG
 
 log = logging.getLogger(__name__)
 
-Take = Callable[[bytes, bytes, bytes], None]
-"""Is given subject, reply subject and payload of a message. Raises UnicodeDecodeError for unreadable ones alone."""
+Headers = dict[str, str] | None
+Take = Callable[[bytes, bytes, bytes, Headers], None]
+"""Is given a message's subject, reply subject, payload and headers. Raises UnicodeDecodeError for no text alone."""
 
 
 class Connection(NatsClient):  # type: ignore[misc]  # it has no types
@@ -116,13 +117,13 @@ class Connection(NatsClient):  # type: ignore[misc]  # it has no types
             self._transport = _Tcp(self)
         await self._transport.connect(server.uri, LINE_BYTES, self.options["connect_timeout"])
 
-    def take(self, sid: bytes, subject: bytes, reply: bytes, payload: bytes) -> bool:
+    def take(self, sid: bytes, subject: bytes, reply: bytes, payload: bytes, headers: bytes) -> bool:
         """Whether somebody takes it."""
         taker = self.takers.get(sid)
         if taker is None:
             return False
         try:
-            taker(subject, reply, payload)
+            taker(subject, reply, payload, _read(headers) if headers else None)
         except UnicodeDecodeError as error:
             self.unreadable += 1
             log.warning("dropped a message on subject %r: %s", subject[:100], error)
@@ -205,7 +206,16 @@ class Sieve(asyncio.StreamReaderProtocol):
             if size < stop + 2:
                 self._needed = stop + 2 - at
                 break
-            if not self._take(sid, subject, reply or b"", data[payload_at:stop]):
+            if not self._take(sid, subject, reply or b"", data[payload_at:stop], data[start:payload_at]):
                 super().data_received(data[at : stop + 2])
             at = stop + 2
         return at
+
+
+def _read(headers: bytes) -> dict[str, str]:
+    """As nats-py gives them: the server's own status, e.g. 503 for nobody who listens, as if it were headers."""
+    first, _, rest = headers.partition(b"\r\n")
+    status, _, description = first.decode(errors="replace").partition(" ")[2].strip().partition(" ")
+    said = {"Status": status, "Description": description}
+    read: dict[str, str] = NatsClient._parse_header_lines(rest)
+    return {name: value for name, value in said.items() if value} | read

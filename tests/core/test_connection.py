@@ -25,7 +25,7 @@ def sifted(stream: bytes, cuts: list[int]) -> tuple[list[Any], bytes]:
     async def feed() -> tuple[list[Any], bytes]:
         connection, taken = Connection(), []
         for sid in range(1, TAKEN + 1):
-            connection.takers[b"%d" % sid] = lambda *message, sid=sid: taken.append((sid, *message))
+            connection.takers[b"%d" % sid] = lambda *message, sid=sid: taken.append((sid, *message[:3]))
         reader = asyncio.StreamReader()
         sieve = Sieve(reader, connection)
         for a, b in pairwise([0, *sorted(cuts), len(stream)]):
@@ -54,7 +54,7 @@ def test_an_unreadable_message_is_dropped_alone() -> None:
 
     async def scene() -> None:
         connection, heard = Connection(), []
-        connection.takers[b"1"] = lambda subject, _, __: heard.append(subject.decode())
+        connection.takers[b"1"] = lambda subject, *_: heard.append(subject.decode())
         sieve = Sieve(asyncio.StreamReader(), connection)
         sieve.data_received(b"MSG \xff 1 0\r\n\r\nMSG good 1 0\r\n\r\n")
         assert (heard, connection.unreadable) == (["good"], 1)
@@ -72,7 +72,7 @@ def test_messages_of_a_real_server_take_the_short_way(nats_server: NatsServer) -
         heard = asyncio.Event()
         await bus.subscribe("test.short", lambda _: heard.set())
         await bus.flush()
-        other.publish("test.short", b"x" * 300_000, "reply", {"name": "a\r\nvalue"})
+        other.publish("test.short", b"x" * 300_000, "reply")
         async with asyncio.timeout(PATIENCE_S):
             await heard.wait()
         assert bus._nats.stats["in_msgs"] == 0
@@ -94,5 +94,27 @@ def test_a_subject_with_a_line_in_it_is_not_sent(nats_server: NatsServer) -> Non
         await bus.flush()
         assert (bus.dropped, bus.connected) == (6, True)
         await bus.close()
+
+    uvloop.run(scene())
+
+
+def test_headers_arrive_and_a_line_in_one_does_not_end_it(nats_server: NatsServer) -> None:
+    """By them a plain producer knows an error, whose text may be anything."""
+
+    async def scene() -> None:
+        bus, other = (Bus(NatsConfig(url=nats_server.url), name) for name in ("one", "other"))
+        await bus.connect()
+        await other.connect()
+        heard: list[Any] = []
+        came = asyncio.Event()
+        await bus.subscribe("test.headers", lambda message: (heard.append(message), came.set()))
+        await bus.flush()
+        other.publish("test.headers", b"payload", "reply", {"Name": "a\r\nOther: b"})
+        async with asyncio.timeout(PATIENCE_S):
+            await came.wait()
+        (message,) = heard
+        assert (message.data, message.reply, message.headers) == (b"payload", "reply", {"Name": "a  Other: b"})
+        await bus.close()
+        await other.close()
 
     uvloop.run(scene())
