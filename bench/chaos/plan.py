@@ -45,6 +45,7 @@ class Plan(Struct, frozen=True):
             "executor-noop-us": self.pace.batch_us,
             "executor-noop-row-us": self.pace.row_us,
             "executor-executors": self.executors,
+            "placement": "apart",
             "batch-batchers": self.batchers,
             "batch-max-rows": self.max_rows,
             "http-processes": self.doors,

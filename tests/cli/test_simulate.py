@@ -41,7 +41,7 @@ def test_a_failure_names_its_seed_which_replays_it():
 @pytest.mark.parametrize("mutation", [mutation.name for mutation in MUTATIONS])
 def test_every_planted_error_ends_with_1(mutation: str):
     """CI asks the exit code."""
-    assert narsil("--mutate", mutation, "--seeds", "200", "--jobs", "1").exit_code == 1
+    assert narsil("--mutate", mutation, "--seeds", "400", "--jobs", "1").exit_code == 1
 
 
 def test_planted_errors_are_listed_and_unknown_ones_answered_with_their_names():

@@ -96,7 +96,7 @@ def behind_json(request: InferRequest) -> tuple[str, bytes]:
         {
             "id": request.id,
             "parameters": {"timeout": request.budget_us, "sent_us": request.sent_us, "priority": request.priority,
-                           "traceparent": request.traceparent, "binary_data_output": True},
+                           "traceparent": request.traceparent, "tenant": request.tenant, "binary_data_output": True},
             "inputs": [
                 {"name": t.name, "shape": t.shape, "datatype": t.dtype, "parameters": {"binary_data_size": len(t.data)}}
                 for t in request.inputs
