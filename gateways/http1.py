@@ -40,6 +40,8 @@ class Connection(asyncio.Protocol):
         self._scope = Scope()
         self._url = b""
         self._head_bytes = 0
+        self._beside_bytes = 0
+        """Since the last piece of a body: of trailers and chunks' extensions, which the parser keeps."""
         self._in_head = True
         self._coming: Exchange | None = None
         """Whose body comes in."""
@@ -88,6 +90,8 @@ class Connection(asyncio.Protocol):
             if not self._exchanges and not self.fresh:
                 self.fresh, self.since = True, asyncio.get_running_loop().time()
             self._head_bytes += len(data)
+        else:
+            self._beside_bytes += len(data)
         try:
             self._parser.feed_data(data)
         except httptools.HttpParserUpgrade:
@@ -96,7 +100,9 @@ class Connection(asyncio.Protocol):
             refused = isinstance(error, httptools.HttpParserCallbackError)
             self._refuse(431 if refused else 400)
             return
-        if self._in_head and self._head_bytes > self._server.head_bytes:
+        if self._beside_bytes > self._server.head_bytes + AHEAD_BYTES or (
+            self._in_head and self._head_bytes > self._server.head_bytes
+        ):
             self._refuse(431)
 
     # What the parser says
@@ -119,6 +125,8 @@ class Connection(asyncio.Protocol):
         size = len(self._url) + sum(map(len, headers)) + sum(map(len, headers.values()))
         if size > self._server.head_bytes:
             raise ValueError("the head is too large")
+        if parser.should_upgrade() and ("content-length" in headers or "transfer-encoding" in headers):
+            raise ValueError("an upgrade with a body, which the parser would leave out")
         scope.method = parser.get_method().decode("latin-1")
         scope.http_version = parser.get_http_version()
         scope.path = _path(self._url)
@@ -126,16 +134,22 @@ class Connection(asyncio.Protocol):
         exchange = self._coming = Exchange(self, scope)
         exchange.keep = parser.should_keep_alive() and not parser.should_upgrade()
         self._exchanges.append(exchange)
-        if len(self._exchanges) == 1:
-            self._server.begin(self, exchange)
+        self._begin_first()
+
+    def _begin_first(self) -> None:
+        """Once each, in order, and not while answers are not taken."""
+        if self._exchanges and not self._clogged and not self._exchanges[0].begun:
+            self._exchanges[0].begun = True
+            self._server.begin(self, self._exchanges[0])
 
     def on_body(self, data: bytes) -> None:
+        self._beside_bytes = 0
         if self._coming is not None and self._coming.feed(data):
             self._pause()
 
     def on_message_complete(self) -> None:
         exchange, self._coming = self._coming, None
-        self._in_head, self._head_bytes = True, 0
+        self._in_head, self._head_bytes, self._beside_bytes = True, 0, 0
         if exchange is not None:
             exchange.complete = True
             exchange.wake()
@@ -184,8 +198,7 @@ class Connection(asyncio.Protocol):
         if self._clogged or self.lost:
             return
         if self._exchanges:
-            if not self._exchanges[0].answered:
-                self._server.begin(self, self._exchanges[0])
+            self._begin_first()
         elif self._ending:
             self._transport.close()
         if len(self._exchanges) < 2:

@@ -31,7 +31,8 @@ class Exchange:
     """One request and its answer, as RSGI's HTTPProtocol."""
 
     __slots__ = (
-        "_chunks", "_connection", "_left", "_size", "_waiter", "answered", "complete", "keep", "scope", "taken", "task",
+        "_chunks", "_connection", "_left", "_size", "_waiter", "answered", "begun", "complete", "keep", "scope",
+        "taken", "task",
     )  # fmt: skip
     task: asyncio.Task[None]
     """The handler's."""
@@ -43,6 +44,8 @@ class Exchange:
         self.taken = False
         """The body was read to its end."""
         self.answered = False
+        self.begun = False
+        """Its handler was called."""
         self.keep = False
         """The connection may live on."""
         self._connection = connection
