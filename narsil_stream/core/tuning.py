@@ -20,6 +20,8 @@ log = logging.getLogger(__name__)
 
 ALL = "all"
 SOURCE = "narsil tune"
+AHEAD_US = 5_000_000
+"""By so much clocks may differ."""
 
 _decode_tune = msgspec.json.Decoder(Tune).decode
 _decode_tuned = msgspec.json.Decoder(Tuned).decode
@@ -72,7 +74,7 @@ class Tuning:
                 log.warning("what others were told does not fit here: %s", error)
 
     def _on_look(self, message: Msg) -> None:
-        if message.reply and not subjects.reserved(message.reply):
+        if self._at_us and message.reply and not subjects.reserved(message.reply):  # who knows of none says nothing
             self._bus.publish(message.reply, msgspec.json.encode(self._state()))
 
     def _on_tune(self, message: Msg) -> None:
@@ -90,7 +92,10 @@ class Tuning:
         return self._state()
 
     def _change(self, tune: Tune) -> None:
-        at_us = tune.at_us or unix_us()
+        now = unix_us()
+        at_us = tune.at_us or now
+        if at_us > now + AHEAD_US:  # no later change would count
+            raise ConfigError(f"a change of {at_us - now} us ahead of this machine's clock: set the clocks alike")
         if at_us < self._at_us:
             raise ConfigError("a change that was sent later is in force")
         kept = {} if ALL in tune.reset else {key: value for key, value in self._set.items() if key not in tune.reset}

@@ -104,16 +104,17 @@ def test_any_nats_client_can_do_it(system: System):
         await client.close()
         return answers
 
-    changed, older, wrong, unknown = asyncio.run(
+    changed, older, ahead, wrong, unknown = asyncio.run(
         ask(
             b'{"set": {"batch.linger_us": 200}}',
             b'{"set": {"batch.linger_us": 100}, "at_us": 1}',
+            b'{"set": {"batch.linger_us": 100}, "at_us": 9000000000000000}',
             b'{"set": [1]}',
             b'{"reset": ["batch.linger"]}',
         )
     )
     assert changed["set"] == {"batch.linger_us": 200} and not changed["fault"]
-    for refused in (older, wrong, unknown):
+    for refused in (older, ahead, wrong, unknown):
         assert refused["fault"] == "INVALID_ARGUMENT" and refused["detail"]
         assert refused["set"] == {"batch.linger_us": 200}
 
