@@ -9,7 +9,7 @@ from pathlib import Path
 
 from granian.constants import HTTPModes, Interfaces
 from granian.http import HTTP1Settings, HTTP2Settings
-from granian.rsgi import HTTPProtocol, Scope
+from granian.rsgi import HTTPProtocol, ProtocolClosed, Scope
 from granian.server.embed import Server
 
 from narsil_stream.core.access import Access
@@ -24,7 +24,7 @@ from narsil_stream.gateways.http_routes import Call, Reply, Route, Router
 from narsil_stream.gateways.http_verbs import ROUTES, Verbs, error, refusal
 from narsil_stream.gateways.inference import Inference
 from narsil_stream.gateways.tls import granian_tls
-from narsil_stream.schemas.errors import Refused
+from narsil_stream.schemas.errors import Fault, Refused
 
 log = logging.getLogger(__name__)
 
@@ -182,6 +182,8 @@ class HttpGateway(Actor[None]):
             return refusal(refused)
         except Problem as problem:
             return error(problem.status, problem.detail, *problem.headers)
+        except ProtocolClosed:  # in the middle of its body
+            return error(Fault.CANCELLED.http, "the caller has left")
         except Exception:
             log.exception("a request to %s failed", scope.path)
             return error(HTTPStatus.INTERNAL_SERVER_ERROR, "internal error")

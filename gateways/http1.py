@@ -40,6 +40,8 @@ class Connection(asyncio.Protocol):
         self._scope = Scope()
         self._url = b""
         self._head_bytes = 0
+        self._unparsed = 0
+        """Of a body that the parser leaves out, because its request also asks for another protocol."""
         self._beside_bytes = 0
         """Since the last piece of a body: of trailers and chunks' extensions, which the parser keeps."""
         self._in_head = True
@@ -76,6 +78,9 @@ class Connection(asyncio.Protocol):
         self._next()
 
     def data_received(self, data: bytes) -> None:
+        if self._unparsed:
+            self._feed_unparsed(data)
+            return
         if self._ending:
             return
         if self._begun or (self.fresh and data.startswith(PREFACE[: len(data)])):
@@ -94,8 +99,9 @@ class Connection(asyncio.Protocol):
             self._beside_bytes += len(data)
         try:
             self._parser.feed_data(data)
-        except httptools.HttpParserUpgrade:
-            self._ending = True  # to nothing that is spoken here: the request itself is answered
+        except httptools.HttpParserUpgrade as upgrade:
+            self._ending = True  # to nothing that is spoken here: the request itself is answered, and it is the last
+            self._feed_unparsed(data[upgrade.args[0] :])
         except httptools.HttpParserError as error:
             refused = isinstance(error, httptools.HttpParserCallbackError)
             self._refuse(431 if refused else 400)
@@ -125,11 +131,11 @@ class Connection(asyncio.Protocol):
         size = len(self._url) + sum(map(len, headers)) + sum(map(len, headers.values()))
         if size > self._server.head_bytes:
             raise ValueError("the head is too large")
-        if parser.should_upgrade() and ("content-length" in headers or "transfer-encoding" in headers):
-            raise ValueError("an upgrade with a body, which the parser would leave out")
         scope.method = parser.get_method().decode("latin-1")
         scope.http_version = parser.get_http_version()
         scope.path = _path(self._url)
+        if parser.should_upgrade():
+            self._unparsed = _length(headers)
         self._in_head = False
         exchange = self._coming = Exchange(self, scope)
         exchange.keep = parser.should_keep_alive() and not parser.should_upgrade()
@@ -147,7 +153,18 @@ class Connection(asyncio.Protocol):
         if self._coming is not None and self._coming.feed(data):
             self._pause()
 
+    def _feed_unparsed(self, data: bytes) -> None:
+        if not self._unparsed:
+            return
+        piece = data[: self._unparsed]
+        self._unparsed -= len(piece)
+        self.on_body(piece)
+        if not self._unparsed:
+            self.on_message_complete()
+
     def on_message_complete(self) -> None:
+        if self._unparsed:
+            return
         exchange, self._coming = self._coming, None
         self._in_head, self._head_bytes, self._beside_bytes = True, 0, 0
         if exchange is not None:
@@ -221,7 +238,7 @@ class Connection(asyncio.Protocol):
             self._transport.pause_reading()
 
     def _resume(self) -> None:
-        if self._paused and not self._ending:
+        if self._paused and (self._unparsed or not self._ending):
             self._paused = False
             self._transport.resume_reading()
 
@@ -338,6 +355,13 @@ async def _pump(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> N
             writer.write(data)
             await writer.drain()
     writer.close()
+
+
+def _length(headers: dict[str, str]) -> int:
+    """Of a body. Raises ValueError where only its chunks would say it."""
+    if "transfer-encoding" in headers:
+        raise ValueError("an upgrade with a body in chunks, which the parser would leave out")
+    return int(headers.get("content-length", "0"))
 
 
 def _path(url: bytes) -> str:

@@ -1,5 +1,6 @@
 """HTTP/1.1 without TLS: connections that stay, requests that come all at once, and who is cut off."""
 
+import asyncio
 import json
 import socket
 import time
@@ -11,6 +12,8 @@ import pytest
 from msgspec.structs import replace
 
 from narsil_stream.core.config import Config, HttpConfig
+from narsil_stream.gateways.http1 import Connection, Http1Server
+from narsil_stream.gateways.http1_exchange import Exchange, Scope
 from tests.asking import json_scores, some_rows
 from tests.gateways.test_http_malformed import request_bytes
 from tests.support import PATIENCE_S, NatsServer, System
@@ -109,6 +112,67 @@ def test_a_wish_to_speak_another_protocol_is_not_heard(wire: socket.socket) -> N
     wire.sendall(LIVE.replace(b"\r\n\r\n", b"\r\nconnection: upgrade, http2-settings\r\nupgrade: h2c\r\n\r\n"))
     assert answer(wire, "GET")[0].status == 200
     assert ended(wire)
+
+
+@pytest.mark.parametrize("size", [1_000_000, 700])
+def test_a_body_behind_such_a_wish_is_scored(wire: socket.socket, criteo_model: Path, size: int) -> None:
+    """Java's HTTP client asks for HTTP/2 with its first request, body and all; its parser leaves such a body out."""
+    rows = some_rows(criteo_model, 5)
+    wish = b"\r\nconnection: upgrade, http2-settings\r\nupgrade: h2c\r\nhttp2-settings: AAMAAABk\r\n\r\n"
+    request = request_bytes(rows).replace(b"\r\n\r\n", wish, 1)
+    for at in range(0, len(request), size):
+        wire.sendall(request[at : at + size])
+    head, body = answer(wire)
+    assert head.status == 200, body
+    assert json_scores(json.loads(body)) == pytest.approx(rows.scores, abs=1e-6)
+    assert ended(wire)
+
+
+def test_trailers_are_bounded(wire: socket.socket) -> None:
+    """The parser keeps a whole line of them, however long."""
+    wire.sendall(
+        b"POST /v2/models/ctr/infer HTTP/1.1\r\nhost: x\r\ntransfer-encoding: chunked\r\n\r\n2\r\n{}\r\n0\r\nx: "
+    )
+    with pytest.raises(OSError):
+        for _ in range(1_000):
+            wire.sendall(b"x" * 65_536)
+
+
+def test_a_request_behind_an_answer_that_is_not_taken_is_begun_once() -> None:
+    """Begun twice, it would be answered twice, and every later answer would go to the wrong question."""
+
+    class Wire:
+        said = b""
+
+        def write(self, data: bytes) -> None:
+            self.said += data
+
+        def pause_reading(self) -> None: ...
+        def resume_reading(self) -> None: ...
+        def close(self) -> None: ...
+
+    begun: list[str] = []
+
+    async def handler(scope: Scope, exchange: Exchange) -> None:
+        begun.append(scope.path)
+        exchange.response_bytes(200, [], scope.path.encode())
+
+    async def scene() -> bytes:
+        wire, connection = Wire(), Connection(Http1Server(handler, "", 8192, 10.0, 100))
+        connection.connection_made(wire)
+        connection.data_received(b"GET /a HTTP/1.1\r\nhost: x\r\n\r\n")
+        connection.pause_writing()
+        await asyncio.sleep(0.01)
+        connection.data_received(b"GET /b HTTP/1.1\r\nhost: x\r\n\r\n")
+        await asyncio.sleep(0.01)
+        assert begun == ["/a"]
+        connection.resume_writing()
+        await asyncio.sleep(0.01)
+        return wire.said
+
+    said = asyncio.run(scene())
+    assert begun == ["/a", "/b"]
+    assert said.count(b"HTTP/1.1 200") == 2
 
 
 def test_a_path_may_be_escaped_and_carry_a_query_and_a_host(wire: socket.socket) -> None:
