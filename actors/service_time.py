@@ -12,8 +12,6 @@ KEPT = 5
 """Measurements of a size that count: their median. One that is far off moves nothing; three of five are the truth."""
 TRUSTED = 3
 """So many of a size outvote what its neighbours say of it."""
-SHIFT = 2.0
-"""A median that moves by this factor means another speed of the device, at all sizes."""
 FRESH_US = 1_000_000
 """What was measured longer ago does not prove that a request cannot make it: one may try."""
 WEIGHT = 0.2
@@ -32,29 +30,13 @@ class Recent:
 
     def __init__(self) -> None:
         self._kept: deque[tuple[float, int]] = deque(maxlen=KEPT)
-        self._numbers: deque[int] = deque(maxlen=KEPT)
         self.median: tuple[float, int] = (0.0, 0)
 
     def __len__(self) -> int:
         return len(self._kept)
 
-    def add(self, us: float, work: int = 0, number: int = 0) -> None:
+    def add(self, us: float, work: int = 0) -> None:
         self._kept.append((us, work))
-        self._numbers.append(number)
-        self._settle()
-
-    def scale(self, factor: float) -> None:
-        self._kept = deque(((us * factor, work) for us, work in self._kept), KEPT)
-        self._settle()
-
-    def newest(self) -> int:
-        return self._numbers[-1]
-
-    def majority_since(self) -> int:
-        """The number of the oldest measurement of the newest few that decide."""
-        return self._numbers[-min(TRUSTED, len(self._numbers))]
-
-    def _settle(self) -> None:
         ranked = sorted(self._kept)
         self.median = ranked[(len(ranked) - 1) // 2]
 
@@ -82,21 +64,8 @@ class Curve:
         self.measured_us = now_us
         bits = work.bit_length()
         size = (bits << self._grain) + (work << self._grain >> bits - 1)
-        recent = self._sizes.setdefault(size, Recent())
-        before, trusted = recent.median[0], len(recent) >= TRUSTED
-        recent.add(service_us, work, self._count)
-        if trusted and before:
-            self._follow(recent, recent.median[0] / before)
+        self._sizes.setdefault(size, Recent()).add(service_us, work)
         self._draw()
-
-    def _follow(self, moved: Recent, factor: float) -> None:
-        """Sizes that were not measured since one of them shifted are taken to have shifted as it did."""
-        if 1 / SHIFT < factor < SHIFT or not factor:
-            return
-        since = moved.majority_since()
-        for other in self._sizes.values():
-            if other is not moved and other.newest() < since:
-                other.scale(factor)
 
     def _draw(self) -> None:
         """Points in order of work; more work never takes less time."""
