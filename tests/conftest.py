@@ -4,12 +4,12 @@ Function scope: yours to break. `shared_*`: one for the whole run, for tests tha
 """
 
 import os
-import socket
 from collections.abc import Generator, Iterator
 from pathlib import Path
 
 import pytest
 
+from narsil_stream.core import ports
 from narsil_stream.kernels.artifact import write
 from narsil_stream.kernels.init import criteo_spec, random_model
 from narsil_stream.kernels.init import demo_model as make_demo_model
@@ -34,9 +34,7 @@ def nats_server() -> Iterator[NatsServer]:
 @pytest.fixture
 def free_port() -> int:
     """A TCP port that nobody uses now, for a process that cannot say which one it took."""
-    with socket.socket() as sock:
-        sock.bind(("127.0.0.1", 0))
-        return int(sock.getsockname()[1])
+    return ports.free_port("127.0.0.1", 0, "http.port")
 
 
 @pytest.fixture(scope="session")

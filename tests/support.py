@@ -27,6 +27,7 @@ from narsil_stream.actors.batcher import Batcher
 from narsil_stream.actors.executor import Executor
 from narsil_stream.actors.repository import Repository
 from narsil_stream.cli import cli
+from narsil_stream.core import ports
 from narsil_stream.core.actor import Actor
 from narsil_stream.core.bus import Bus
 from narsil_stream.core.client import Client
@@ -63,7 +64,7 @@ class NatsServer:
         self._options = options
         self._folder = tempfile.TemporaryDirectory(prefix="narsil-nats-")
         self._process: subprocess.Popen[bytes] | None = None
-        self._port = -1
+        self._port = ports.free_port("127.0.0.1", 0, "nats.port")
 
     @property
     def url(self) -> str:
@@ -74,8 +75,7 @@ class NatsServer:
         binary = Path(sys.executable).parent / "nats-server"
         listen = ["-a", "127.0.0.1", "-p", str(self._port), "--ports_file_dir", self._folder.name, "-l", self._log]
         self._process = subprocess.Popen([str(binary), *listen, *self._options], stderr=subprocess.DEVNULL)
-        (url,) = until(self._listening, "nats-server listens")
-        self._port = int(url.rpartition(":")[2])
+        until(self._listening, "nats-server listens")
 
     def kill(self) -> None:
         if self._process is not None:
@@ -114,9 +114,9 @@ class NatsServer:
     def _listening(self) -> list[str] | None:
         """It writes this file once it listens; its name holds the process's id."""
         assert self._running.poll() is None, f"nats-server ended: {Path(self._log).read_text()}"
-        ports = Path(self._folder.name) / f"nats-server_{self._running.pid}.ports"
+        written = Path(self._folder.name) / f"nats-server_{self._running.pid}.ports"
         try:
-            return list(json.loads(ports.read_text())["nats"])
+            return list(json.loads(written.read_text())["nats"])
         except (FileNotFoundError, json.JSONDecodeError):
             return None
 

@@ -2,8 +2,10 @@
 
 import contextlib
 import errno
+import random
 import socket
 from collections.abc import Iterator
+from pathlib import Path
 
 from narsil_stream.core.config.settings import settings
 
@@ -43,9 +45,26 @@ def address(host: str, port: int) -> str:
 
 
 def free_port(host: str, port: int, key: str) -> int:
-    """`port` if nobody uses it, or a free one for 0. Raises `PortTaken`."""
-    with reserve(host, port, key) as found:
+    """`port` if nobody uses it, or a free one for 0. Raises `PortTaken`.
+
+    For a server that starts later, or again: a free one is sought where the system takes none for outgoing
+    connections, or any connection made meanwhile could get it.
+    """
+    ports = [port] if port else random.sample(_quiet_ports(), 50)
+    for candidate in ports[:-1]:
+        with contextlib.suppress(PortTaken), reserve(host, candidate, key) as found:
+            return found
+    with reserve(host, ports[-1], key) as found:
         return found
+
+
+def _quiet_ports() -> range:
+    """Ports that an ordinary user may listen on, and that the system does not give to outgoing connections."""
+    try:
+        low = int(Path("/proc/sys/net/ipv4/ip_local_port_range").read_text().split()[0])
+    except (OSError, ValueError, IndexError):
+        low = 32_768
+    return range(10_000, low) if low > 11_000 else range(1_024, 65_536)
 
 
 def _family(host: str, port: int, key: str) -> int:

@@ -60,9 +60,11 @@ def test_the_first_one_leaves_under_load_once_a_second_is_there(
         assert not traffic.bad, traffic.ended
 
 
-def test_a_second_gateway_serves_at_once_and_drains_when_told_to(criteo_model: Path, tmp_path: Path) -> None:
+def test_a_second_gateway_serves_at_once_and_drains_when_told_to(
+    criteo_model: Path, tmp_path: Path, free_port: int
+) -> None:
     """Readiness goes first, then what is open is answered, then the port closes."""
-    port, log = free_port(), tmp_path / "gateway.log"
+    port, log = free_port, tmp_path / "gateway.log"
     with Serve(criteo_model, tmp_path) as serve:
         options = ["--nats-url", serve.nats_url, "--door", "http", "--http-port", str(port)]
         with actor("gateway", tmp_path, *options) as gateway:
@@ -76,9 +78,9 @@ def test_a_second_gateway_serves_at_once_and_drains_when_told_to(criteo_model: P
             assert set(traffic.bad) == {"connection"}, traffic.ended
 
 
-def test_several_gateways_share_one_port(criteo_model: Path, tmp_path: Path) -> None:
+def test_several_gateways_share_one_port(criteo_model: Path, tmp_path: Path, free_port: int) -> None:
     """One process's event loop is one core's worth of HTTP; more processes on one port carry more."""
-    port = str(free_port())
+    port = str(free_port)
     with Serve(criteo_model, tmp_path, "--http-processes", "2", "--http-port", port, "--grpc-processes", "0") as serve:
         assert len(serve.pids("gateway")) == 2
         with Traffic(criteo_model, http=int(port), callers=32) as traffic:
@@ -88,9 +90,11 @@ def test_several_gateways_share_one_port(criteo_model: Path, tmp_path: Path) -> 
         assert not traffic.bad, traffic.ended
 
 
-def test_several_grpc_gateways_share_one_port_beside_the_http_gateway(criteo_model: Path, tmp_path: Path) -> None:
+def test_several_grpc_gateways_share_one_port_beside_the_http_gateway(
+    criteo_model: Path, tmp_path: Path, free_port: int
+) -> None:
     """Each process is one core's worth of gRPC; clients spread over them connection by connection."""
-    port, rows = free_port(), some_rows(criteo_model, 32)
+    port, rows = free_port, some_rows(criteo_model, 32)
     with Serve(criteo_model, tmp_path, "--grpc-processes", "2", "--grpc-port", str(port)) as serve:
         gateways = [row for row in serve.actors() if row["kind"] == "gateway"]
         assert {row["process"] for row in gateways} == {"http gateway", "grpc gateway 1", "grpc gateway 2"}
@@ -225,8 +229,3 @@ def test_a_broken_model_is_one_message_and_no_system(criteo_model: Path, tmp_pat
     assert process.returncode == 1
     assert "Traceback" not in stderr.decode()
     assert "model.json" in stderr.decode()
-
-
-def free_port() -> int:
-    with socket.create_server(("127.0.0.1", 0)) as server:
-        return int(server.getsockname()[1])
