@@ -8,6 +8,7 @@ import sys
 import time
 from collections.abc import Callable, Coroutine, Iterator
 from functools import partial
+from pathlib import Path
 from typing import Any
 
 import msgspec
@@ -50,6 +51,7 @@ class Supervisor:
         """By the token of their process and actor, with the monotonic time when they came."""
         self._stop = asyncio.Event()
         self._failed = ""
+        self._broker_log = Path(os.devnull)
 
     async def run(self) -> int:
         """The exit code. Raises `PortTaken`, `StartFailed`."""
@@ -119,7 +121,8 @@ class Supervisor:
         nats = self.config.nats
         if nats.url:
             return
-        command = broker.tied(os.getpid(), *broker.command(self.config.data_dir, nats), "--log", os.devnull)
+        self._broker_log = broker.log_file(self.config.data_dir, nats)
+        command = broker.tied(os.getpid(), *broker.command(self.config.data_dir, nats), "--log", str(self._broker_log))
         await self._start(Child("broker", "broker", command, broker.environment()), bus)
         if not await broker.wait_listening(nats.host, nats.port, 10.0):
             raise StartFailed(f"the broker did not start to listen on {address(nats.host, nats.port)} within 10 s")
@@ -227,7 +230,8 @@ class Supervisor:
         self._stop.set()
 
     def _given_up(self, child: Child) -> None:
-        self._failed = f"{child.label} could not be kept running; its last messages above say why"
+        where = f"{self._broker_log}: its end says" if child.kind == "broker" else "its last messages above say"
+        self._failed = f"{child.label} could not be kept running; {where} why"
         log.error("%s", self._failed)
         self._stop.set()
 

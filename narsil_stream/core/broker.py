@@ -69,7 +69,7 @@ def write_config(folder: Path, config: NatsConfig) -> Path:
     becomes nats-server, or is killed, cannot do that; then the next one to write here does. A lock, which this process
     keeps and hands to what it becomes, tells which files are in use.
     """
-    lines = limits(config)
+    lines = [*limits(config), "logfile_size_limit: 10MB", "logfile_max_num: 2"]
     if config.token:
         lines.append(f"authorization: {{ token: {quoted(config.token)} }}")
     elif config.user:
@@ -103,6 +103,13 @@ def _remove_unused(folder: Path) -> None:
 def command(data_dir: str, config: NatsConfig) -> list[str]:
     """The command line of our own broker. Writes its configuration, which lasts as long as this process."""
     return [binary(), "--config", str(write_config(Path(data_dir) / "broker", config))]
+
+
+def log_file(data_dir: str, config: NatsConfig) -> Path:
+    """Where our own broker writes what it does, anew with each start of the whole; two files of 10 MB at most."""
+    path = Path(data_dir) / "broker" / f"nats-server-{config.port}.log"
+    path.unlink(missing_ok=True)
+    return path
 
 
 def environment() -> dict[str, str]:

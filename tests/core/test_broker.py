@@ -98,7 +98,7 @@ def test_a_password_that_the_broker_takes_for_a_hash_is_refused():
 
 
 def configurations(folder: Path) -> list[Path]:
-    return list((folder / "broker").glob("*"))
+    return [path for path in (folder / "broker").glob("*") if path.suffix != ".log"]
 
 
 def test_a_broker_s_configuration_is_deleted_by_the_next_one(tmp_path: Path):
@@ -157,3 +157,10 @@ def test_serve_keeps_the_configuration_for_restarts_and_no_longer(host: str, tmp
         connect(login)
         assert serve.interrupt() == 0
     assert configurations(tmp_path) == []
+
+
+def test_what_the_broker_of_narsil_serve_says_is_kept_beside_its_models(criteo_model: Path, tmp_path: Path) -> None:
+    """Nobody reads its messages on a terminal; without a file, nothing tells why a broker ended."""
+    with Serve(criteo_model, tmp_path) as serve:
+        port = serve.nats_url.rpartition(":")[2]
+        assert "Server is ready" in (tmp_path / "broker" / f"nats-server-{port}.log").read_text()
