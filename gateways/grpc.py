@@ -11,17 +11,16 @@ from grpc_health.v1 import health_pb2, health_pb2_grpc
 from grpc_reflection.v1alpha import reflection_pb2, reflection_pb2_grpc
 from grpc_reflection.v1alpha.reflection import ReflectionServicer
 
-from narsil_stream.core.access import Access
-from narsil_stream.core.actor import Actor
 from narsil_stream.core.bus import Bus
 from narsil_stream.core.config import Config, GrpcConfig
 from narsil_stream.core.ports import address, reserve
 from narsil_stream.core.telemetry import gauges
+from narsil_stream.gateways.door import Door
 from narsil_stream.gateways.grpc_codec import parsed, serialized, to_response, to_stream_response
 from narsil_stream.gateways.grpc_health import Health
 from narsil_stream.gateways.grpc_stream import Context, InferStream
 from narsil_stream.gateways.grpc_verbs import VERBS, Run, Verbs, abort
-from narsil_stream.gateways.inference import TENANT, Inference
+from narsil_stream.gateways.inference import TENANT
 from narsil_stream.gateways.tls import grpc_credentials
 from narsil_stream.schemas import codec
 from narsil_stream.schemas.errors import Fault, Refused
@@ -40,23 +39,17 @@ LAST_WORDS_S = 0.5
 """At the end, for answers on their way to the socket."""
 
 
-class GrpcGateway(Actor[None]):
+class GrpcGateway(Door):
     """One process's share of the gRPC port. There may be one event loop with gRPC in a process."""
 
-    kind = "gateway"
-    tunable = True
+    scheme = "grpc"
 
     def __init__(self, config: Config, bus: Bus, share_port: bool = False) -> None:
-        super().__init__(1)
-        self._config = config
-        self._share_port = share_port
-        self._inference = Inference(config, bus, self.registry)
+        super().__init__(config, bus, config.grpc, share_port)
         self._verbs = Verbs(config, self._inference)
-        self._access = Access(config, "grpc")
         self._health = Health((SERVICE.full_name,), lambda: self._inference.ready)
         self._streams: set[InferStream] = set()
         self._server: aio.Server | None = None
-        self.port = config.grpc.port
         gauges(
             self.registry,
             narsil_requests_open=("Requests being worked on", lambda: self._verbs.open),
@@ -108,18 +101,6 @@ class GrpcGateway(Actor[None]):
         await self._inference.stop()
         if stopping is not None:
             await stopping
-
-    def receive(self, message: None) -> None:
-        """Requests do not pass through the mailbox: each is a task of the gRPC server."""
-
-    def tune(self, config: Config) -> None:
-        self._inference.tune(config)
-
-    def detail(self) -> str:
-        models = ", ".join(f"{ref.name} {ref.version}" for ref in self._inference.models()) or "no model"
-        ready = "ready" if self._inference.ready else "not ready"
-        scheme = "grpcs" if self._config.access.tls_cert else "grpc"
-        return f"{scheme}://{address(self._config.grpc.host, self.port)}, {models}, {ready}"
 
     # Calls. Messages come and go as bytes: what cannot be decoded is answered by the error table.
 

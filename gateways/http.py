@@ -12,17 +12,15 @@ from granian.http import HTTP1Settings, HTTP2Settings
 from granian.rsgi import HTTPProtocol, ProtocolClosed, Scope
 from granian.server.embed import Server
 
-from narsil_stream.core.access import Access
-from narsil_stream.core.actor import Actor
 from narsil_stream.core.bus import Bus
 from narsil_stream.core.config import Config
-from narsil_stream.core.ports import address, reserve
+from narsil_stream.core.ports import reserve
 from narsil_stream.core.telemetry import gauges
+from narsil_stream.gateways.door import Door
 from narsil_stream.gateways.http1 import Http1Server
 from narsil_stream.gateways.http_body import Problem, discard
 from narsil_stream.gateways.http_routes import Call, Reply, Route, Router
 from narsil_stream.gateways.http_verbs import ROUTES, Verbs, error, refusal
-from narsil_stream.gateways.inference import Inference
 from narsil_stream.gateways.tls import granian_tls
 from narsil_stream.schemas.errors import Fault, Refused
 
@@ -38,27 +36,21 @@ PING_MS = 30_000
 """A HTTP/2 connection without traffic is checked this often."""
 
 
-class HttpGateway(Actor[None]):
+class HttpGateway(Door):
     """One process's share of the HTTP port."""
 
-    kind = "gateway"
-    tunable = True
+    scheme = "http"
 
     def __init__(self, config: Config, bus: Bus, share_port: bool = False) -> None:
-        super().__init__(1)
-        self._config = config
-        self._share_port = share_port
-        self._inference = Inference(config, bus, self.registry)
+        super().__init__(config, bus, config.http, share_port)
         self._verbs = Verbs(config, self._inference, self.registry)
         self._router = Router(ROUTES)
-        self._access = Access(config, "http")
         self._serving: asyncio.Task[None] | None = None
         self._server: Server | None = None
         self._plain: Http1Server | None = None
         self._folder: tempfile.TemporaryDirectory[str] | None = None
         self._open = 0
         self._closed = asyncio.Event()
-        self.port = config.http.port
         gauges(self.registry, narsil_requests_open=("Requests being worked on", lambda: self._open))
 
     # Life
@@ -121,11 +113,13 @@ class HttpGateway(Actor[None]):
             await self._closed.wait()
 
     async def stop(self) -> None:
-        await self._stop_server()
+        """Who still waits gets UNAVAILABLE."""
+        stopping = asyncio.create_task(self._stop_server())
         await self._inference.stop()
         plain, self._plain = self._plain, None
         if plain is not None:
-            await plain.end()
+            await plain.end()  # HTTP/2's server waits for callers who take nothing until they are cut
+        await stopping
         folder, self._folder = self._folder, None
         if folder is not None:
             folder.cleanup()
@@ -143,18 +137,6 @@ class HttpGateway(Actor[None]):
             server.stop()
             with contextlib.suppress(Exception):
                 await self._serving
-
-    def receive(self, message: None) -> None:
-        """Requests do not pass through the mailbox: each is a task of the HTTP server."""
-
-    def tune(self, config: Config) -> None:
-        self._inference.tune(config)
-
-    def detail(self) -> str:
-        models = ", ".join(f"{ref.name} {ref.version}" for ref in self._inference.models()) or "no model"
-        ready = "ready" if self._inference.ready else "not ready"
-        scheme = "https" if self._config.access.tls_cert else "http"
-        return f"{scheme}://{address(self._config.http.host, self.port)}, {models}, {ready}"
 
     # One request
 

@@ -6,27 +6,25 @@ handed on to it, byte by byte.
 """
 
 import asyncio
-import contextlib
-import functools
 import logging
-import time
 from collections import deque
 from collections.abc import Awaitable, Callable
-from email.utils import formatdate
 from http import HTTPStatus
 from typing import Any
-from urllib.parse import unquote
 
 import httptools
 
-from narsil_stream.gateways.http1_exchange import AHEAD_BYTES, Exchange, Headers, Scope
+from narsil_stream.gateways.http1_exchange import AHEAD_BYTES, IDLE_S, Exchange, Headers, Scope
+from narsil_stream.gateways.http1_head import head, length_of, path_of, problem, too_large
+from narsil_stream.gateways.http1_relay import relay
+from narsil_stream.gateways.http_body import Problem
+from narsil_stream.gateways.http_verbs import error as told
 
 log = logging.getLogger(__name__)
 
 PREFACE = b"PRI * HTTP/2.0\r\n\r\nSM\r\n\r\n"
-IDLE_S = 75.0
-"""A connection between two requests is kept open for so long."""
-REASONS = {status.value: status.phrase for status in HTTPStatus}
+LAST_WORDS_S = 1.0
+"""At the end, for answers on their way to the socket."""
 
 Handler = Callable[[Scope, Exchange], Awaitable[None]]
 
@@ -40,6 +38,8 @@ class Connection(asyncio.Protocol):
         self._scope = Scope()
         self._url = b""
         self._head_bytes = 0
+        self._header_bytes = 0
+        """Of one request's names and values, also of those that are left out."""
         self._unparsed = 0
         """Of a body that the parser leaves out, because its request also asks for another protocol."""
         self._beside_bytes = 0
@@ -51,7 +51,11 @@ class Connection(asyncio.Protocol):
         """The first one is being answered."""
         self._begun = b""
         self._paused = self._clogged = self._ending = False
-        self.lost = False
+        self._refusal: Problem | None = None
+        """Told when all before it is answered."""
+        self._unread = 0
+        """Bytes of answers that were not taken when it was last looked at."""
+        self.gone: asyncio.Future[None] = asyncio.get_running_loop().create_future()
         self.since = asyncio.get_running_loop().time()
         """When it began to wait for what it waits for."""
         self.fresh = True
@@ -65,8 +69,8 @@ class Connection(asyncio.Protocol):
 
     def connection_lost(self, error: Exception | None) -> None:
         """Also when the caller closes only its side: nobody can tell that from leaving."""
-        self.lost = True
         self._server.connections.discard(self)
+        self.gone.set_result(None)
         for exchange in self._exchanges:
             exchange.leave()
 
@@ -103,18 +107,18 @@ class Connection(asyncio.Protocol):
             self._ending = True  # to nothing that is spoken here: the request itself is answered, and it is the last
             self._feed_unparsed(data[upgrade.args[0] :])
         except httptools.HttpParserError as error:
-            refused = isinstance(error, httptools.HttpParserCallbackError)
-            self._refuse(431 if refused else 400)
+            self._refuse(problem(error))
             return
-        if self._beside_bytes > self._server.head_bytes + AHEAD_BYTES or (
-            self._in_head and self._head_bytes > self._server.head_bytes
-        ):
-            self._refuse(431)
+        most = self._server.head_bytes
+        if self._beside_bytes > most + AHEAD_BYTES:
+            self._refuse(too_large(f"trailers, or what stands beside chunks, expected at most {most} bytes"))
+        elif self._in_head and self._head_bytes > most:
+            self._refuse(too_large(f"a request's head; expected at most {most} bytes"))
 
     # What the parser says
 
     def on_message_begin(self) -> None:
-        self._scope, self._url = Scope(), b""
+        self._scope, self._url, self._header_bytes = Scope(), b"", 0
 
     def on_url(self, url: bytes) -> None:
         self._url += url
@@ -122,20 +126,23 @@ class Connection(asyncio.Protocol):
     def on_header(self, name: bytes, value: bytes) -> None:
         if not self._in_head:
             return  # a trailer
+        self._header_bytes += len(name) + len(value)
         if value.isascii():
             self._scope.headers.setdefault(name.decode("latin-1").lower(), value.decode("latin-1").strip())
 
     def on_headers_complete(self) -> None:
         parser, scope = self._parser, self._scope
         headers = scope.headers
-        size = len(self._url) + sum(map(len, headers)) + sum(map(len, headers.values()))
+        size = len(self._url) + self._header_bytes
         if size > self._server.head_bytes:
-            raise ValueError("the head is too large")
+            raise too_large(f"a head of {size} bytes; expected at most {self._server.head_bytes}")
         scope.method = parser.get_method().decode("latin-1")
+        if scope.method == "CONNECT":
+            raise Problem(HTTPStatus.BAD_REQUEST, "CONNECT is not possible: this is no proxy")
         scope.http_version = parser.get_http_version()
-        scope.path = _path(self._url)
+        scope.path = path_of(self._url)
         if parser.should_upgrade():
-            self._unparsed = _length(headers)
+            self._unparsed = length_of(headers)
         self._in_head = False
         exchange = self._coming = Exchange(self, scope)
         exchange.keep = parser.should_keep_alive() and not parser.should_upgrade()
@@ -183,17 +190,16 @@ class Connection(asyncio.Protocol):
         self._resume()
 
     def answer(self, exchange: Exchange, status: int, headers: Headers, body: bytes) -> None:
-        if self.lost:
+        if exchange.gone:
             return
         if not exchange.complete or ("connection", "close") in headers or self._server.closing:
             exchange.keep = False  # of a body that nobody wants, the rest would be taken for a request
-        said = _head(status, tuple(headers), exchange.keep, exchange.scope.http_version == "1.0", round(time.time()))
-        head = b"%bcontent-length: %d\r\n\r\n" % (said, len(body))
-        self._transport.write(head if exchange.scope.method == "HEAD" else head + body)
+        said = head(status, headers, len(body), exchange.keep, exchange.scope.http_version == "1.0")
+        self._transport.write(said if exchange.scope.method == "HEAD" else said + body)
 
     def ended(self, exchange: Exchange) -> None:
         """Its handler is through with it."""
-        if self.lost:
+        if exchange.gone:
             return
         if not exchange.answered or not exchange.keep:
             self.close()
@@ -202,35 +208,52 @@ class Connection(asyncio.Protocol):
         self.fresh, self.since = False, asyncio.get_running_loop().time()
         self._next()
 
-    def close(self) -> None:
-        """What is written still leaves."""
-        self._ending = True
-        self._transport.close()
+    # For the server
 
     @property
     def idle(self) -> bool:
         return not self._exchanges
 
+    def close(self) -> None:
+        """What is written still leaves, if it is taken."""
+        self._ending, self.fresh, self.since = True, False, asyncio.get_running_loop().time()
+        self._transport.close()
+
+    def cut(self) -> None:
+        self._transport.abort()
+
+    def look(self, now: float, head_timeout_s: float) -> None:
+        """Cut a caller who does not go on: with a head, with asking, or with taking what it is told."""
+        unread = self._transport.get_write_buffer_size()
+        if unread < self._unread:
+            self.since = now
+        self._unread = unread
+        if self._exchanges and self._exchanges[0].begun and not self._transport.is_closing():
+            return  # it waits for us
+        if now - self.since > (head_timeout_s if self.fresh and self.idle else IDLE_S):
+            self.cut()
+
     def _next(self) -> None:
-        if self._clogged or self.lost:
+        if self._clogged:
             return
         if self._exchanges:
             self._begin_first()
         elif self._ending:
-            self._transport.close()
+            if self._refusal is not None:
+                reply = told(self._refusal.status, self._refusal.detail)
+                self._transport.write(head(reply.status, reply.headers, len(reply.body), False, False) + reply.body)
+            self.close()
         if len(self._exchanges) < 2:
             self._resume()
 
-    def _refuse(self, status: int) -> None:
-        """What cannot be read: nothing on this connection can be, from here on."""
-        self._ending = True
-        if not self._exchanges:
-            self._transport.write(_head(status, (), False, False, round(time.time())) + b"content-length: 0\r\n\r\n")
-            self._transport.close()
-        elif self._coming is not None:  # in the middle of its body
-            self._transport.abort()
-        else:
-            self._exchanges[-1].keep = False
+    def _refuse(self, reason: Problem) -> None:
+        """What cannot be read. All before it is answered first; behind it nothing can be read either."""
+        self._ending, self._refusal = True, reason
+        coming, self._coming = self._coming, None
+        if coming is not None:  # in the middle of its body
+            self._exchanges.remove(coming)
+            coming.leave()
+        self._next()
 
     def _pause(self) -> None:
         if not self._paused:
@@ -285,10 +308,13 @@ class Http1Server:
                 connection.close()
 
     async def end(self) -> None:
-        """Cut what is left."""
+        """What is answered may still leave; cut what is left then."""
         self.stop()
+        self._waiting.clear()
+        if leaving := {connection.gone for connection in self.connections} | self._tasks:
+            await asyncio.wait(leaving, timeout=LAST_WORDS_S)
         for connection in list(self.connections):
-            connection.close()
+            connection.cut()
         for task in self._tasks:
             task.cancel()
         await asyncio.gather(*self._tasks, return_exceptions=True)
@@ -315,69 +341,14 @@ class Http1Server:
             connection.ended(exchange)
 
     def _look(self) -> None:
-        """Who has begun a request and does not go on, or has not asked for long, is not waited for."""
+        """Nobody is waited for for ever."""
         loop = asyncio.get_running_loop()
-        now = loop.time()
         for connection in list(self.connections):
-            if connection.idle and now - connection.since > (self._head_timeout_s if connection.fresh else IDLE_S):
-                connection.close()
+            connection.look(loop.time(), self._head_timeout_s)
         self._sweep = loop.call_later(min(1.0, self._head_timeout_s / 4), self._look)
 
     def hand_on(self, transport: Any, begun: bytes) -> None:
-        task = asyncio.get_running_loop().create_task(_relay(transport, begun, self._http2_path))
+        task = asyncio.get_running_loop().create_task(relay(transport, begun, self._http2_path))
         self._tasks.add(task)
         task.add_done_callback(self._tasks.discard)
         transport.pause_reading()  # until somebody listens
-
-
-async def _relay(transport: Any, begun: bytes, path: str) -> None:
-    """Carry the bytes of a connection to a Unix socket and back, until one end closes."""
-    try:
-        reader, writer = await asyncio.open_unix_connection(path)
-    except OSError as error:
-        log.warning("HTTP/2 is not served: %s", error)
-        transport.abort()
-        return
-    loop = asyncio.get_running_loop()
-    outside = asyncio.StreamReader()
-    protocol = asyncio.StreamReaderProtocol(outside)
-    protocol.connection_made(transport)
-    transport.set_protocol(protocol)
-    writer.write(begun)
-    transport.resume_reading()
-    back = asyncio.StreamWriter(transport, protocol, outside, loop)
-    await asyncio.gather(_pump(outside, writer), _pump(reader, back))
-
-
-async def _pump(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
-    with contextlib.suppress(OSError):
-        while data := await reader.read(AHEAD_BYTES):
-            writer.write(data)
-            await writer.drain()
-    writer.close()
-
-
-def _length(headers: dict[str, str]) -> int:
-    """Of a body. Raises ValueError where only its chunks would say it."""
-    if "transfer-encoding" in headers:
-        raise ValueError("an upgrade with a body in chunks, which the parser would leave out")
-    return int(headers.get("content-length", "0"))
-
-
-def _path(url: bytes) -> str:
-    """Decoded, without a query; the URL may name the host."""
-    path = url.partition(b"?")[0] if url.startswith(b"/") else httptools.parse_url(url).path or b"/"
-    text = path.decode("latin-1")
-    return unquote(text) if "%" in text else text
-
-
-@functools.lru_cache(maxsize=64)
-def _head(status: int, headers: tuple[tuple[str, str], ...], keep: bool, old: bool, now: int) -> bytes:
-    """All but the length. `now`: Unix time in seconds; `old`: to HTTP/1.0."""
-    lines = [f"HTTP/1.1 {status} {REASONS.get(status, '')}", f"date: {formatdate(now, usegmt=True)}"]
-    lines += [f"{name}: {value}" for name, value in headers if name != "connection"]
-    if not keep:
-        lines.append("connection: close")
-    elif old:
-        lines.append("connection: keep-alive")
-    return "\r\n".join([*lines, ""]).encode("latin-1")

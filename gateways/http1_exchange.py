@@ -11,6 +11,8 @@ if TYPE_CHECKING:
 
 AHEAD_BYTES = 64 << 10
 """Of a body that nobody reads yet: more waits in the socket."""
+IDLE_S = 75.0
+"""A connection is kept for so long between two requests, and with a caller who takes nothing of its answer."""
 
 Headers = list[tuple[str, str]]
 
@@ -31,8 +33,8 @@ class Exchange:
     """One request and its answer, as RSGI's HTTPProtocol."""
 
     __slots__ = (
-        "_chunks", "_connection", "_left", "_size", "_waiter", "answered", "begun", "complete", "keep", "scope",
-        "taken", "task",
+        "_chunks", "_connection", "_left", "_size", "_waiter", "answered", "begun", "complete", "gone", "keep",
+        "scope", "taken", "task",
     )  # fmt: skip
     task: asyncio.Task[None]
     """The handler's."""
@@ -46,6 +48,8 @@ class Exchange:
         self.answered = False
         self.begun = False
         """Its handler was called."""
+        self.gone = False
+        """Nobody waits for the answer any more."""
         self.keep = False
         """The connection may live on."""
         self._connection = connection
@@ -79,7 +83,7 @@ class Exchange:
     def when_left(self, call: Callable[[], None] | None) -> None:
         """`call` is called when the caller leaves before its answer; at once if it has. None: no more."""
         self._left = call
-        if call is not None and self._connection.lost:
+        if call is not None and self.gone:
             call()
 
     def response_bytes(self, status: int, headers: Headers, body: bytes) -> None:
@@ -102,13 +106,14 @@ class Exchange:
             self._waiter.set_result(None)
 
     def leave(self) -> None:
+        self.gone = True
         self.wake()
         if self._left is not None:
             self._left()
 
     async def _more(self) -> None:
         """Until something of the body comes."""
-        if self._connection.lost:
+        if self.gone:
             raise ProtocolClosed
         self._connection.want(self)
         self._waiter = asyncio.get_running_loop().create_future()

@@ -31,14 +31,12 @@ from narsil_stream.schemas.oip import (
     RepositoryEntry,
     StatisticsReport,
 )
-from narsil_stream.schemas.wire import InferAnswer, InferRequest
+from narsil_stream.schemas.wire import MAX_TENANT, InferAnswer, InferRequest
 
 QUIET_S, TURN_AWAY_S = 0.05, 1.0
 
 TENANT = "narsil-tenant"
 """The header, or key of metadata, that names the tenant where no token does."""
-MAX_TENANT = 128
-"""Characters."""
 
 Read = Callable[[], Awaitable[InferRequest]]
 

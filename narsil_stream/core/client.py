@@ -17,9 +17,9 @@ from narsil_stream.core.bus import Bus
 from narsil_stream.core.config import Config, NatsConfig
 from narsil_stream.core.requester import Requester
 from narsil_stream.schemas import codec
-from narsil_stream.schemas.errors import Fault, Refused
+from narsil_stream.schemas.errors import Fault, Refused, invalid
 from narsil_stream.schemas.internal import ModelCard, ModelRef
-from narsil_stream.schemas.wire import InferAnswer, InferRequest, Tensor
+from narsil_stream.schemas.wire import MAX_TENANT, InferAnswer, InferRequest, Tensor
 
 T = TypeVar("T")
 Scores = NDArray[np.float32]
@@ -66,16 +66,18 @@ class Client:
         version: str = "",
         budget_s: float = 1.0,
         priority: int = 0,
+        tenant: str = "",
         retry: bool = True,
     ) -> Scores:
         """Scores [rows] FP32 of one request.
 
         dense: [rows, n_dense], made FP32. One-hot: sparse [rows, n_sparse] integers. Multi-hot: values [N] integers
         with lengths [rows, n_sparse], batch-major. budget_s: seconds for all tries together. priority: 1 is the most
-        urgent, 0 the server's default. With `retry` a request is sent again while the error says that this helps.
+        urgent, 0 the server's default. tenant: on whose behalf, at most 128 characters; tenants share what there is.
+        With `retry` a request is sent again while the error says that this helps.
         Raises `Refused`, whose `fault` is a row of the error table.
         """
-        request = make_request(dense, sparse, values, lengths, priority=priority)
+        request = make_request(dense, sparse, values, lengths, priority=priority, tenant=tenant)
         answer = await self.infer(model, request, version=version, budget_s=budget_s, retry=retry)
         return codec.array(answer.outputs[0])
 
@@ -83,6 +85,8 @@ class Client:
         self, model: str, request: InferRequest, *, version: str = "", budget_s: float = 1.0, retry: bool = True
     ) -> InferAnswer:
         """A ready-made request. Returns an answer without a fault, or raises `Refused`."""
+        if (length := len(request.tenant)) > MAX_TENANT:  # it would spoil the message that carries others' requests too
+            raise invalid(f"the tenant's name has {length} characters; expected at most {MAX_TENANT}")
         deadline_us = now_us() + int(budget_s * 1e6)
         pause_s = RETRY_FIRST_S
         while True:
@@ -201,6 +205,7 @@ def make_request(
     *,
     id: str = "",
     priority: int = 0,
+    tenant: str = "",
 ) -> InferRequest:
     """A request from arrays; see `Client.score` for their shapes. Raises ValueError for arrays that make no request."""
     tensors: list[Tensor] = [codec.tensor("dense", np.asarray(dense, np.float32))]
@@ -210,7 +215,7 @@ def make_request(
         tensors += [codec.tensor("values", _ids(values)), codec.tensor("lengths", np.asarray(lengths, np.int32))]
     else:
         raise ValueError("give either `sparse` (one-hot), or `values` and `lengths` (multi-hot)")
-    return InferRequest(id or uuid.uuid4().hex, tuple(tensors), priority=priority)
+    return InferRequest(id or uuid.uuid4().hex, tuple(tensors), priority=priority, tenant=tenant)
 
 
 def _ids(given: ArrayLike) -> NDArray[Any]:

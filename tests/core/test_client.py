@@ -93,6 +93,19 @@ def test_what_the_server_refuses_is_raised_with_its_reason(shared_system: System
             assert told.value.fault is Fault.NOT_FOUND
 
 
+def test_a_tenants_name_that_is_too_long_is_refused(shared_system: System, rows: Rows) -> None:
+    """As over every other door; one that is not is counted."""
+    one = rows.part(0)
+    with BlockingClient(shared_system.url) as client:
+        assert right(client.score("ctr", dense=one.dense, sparse=one.ids, tenant="ann" * 42), one)
+        with pytest.raises(Refused) as told:
+            client.score("ctr", dense=one.dense, sparse=one.ids, tenant="x" * 129)
+    assert told.value.fault is Fault.INVALID_ARGUMENT
+    assert "128" in told.value.detail
+    (batcher,) = shared_system.actors("batcher")
+    assert batcher.registry.get_sample_value("narsil_tenant_rows_total", {"tenant": "ann" * 42}) == 1
+
+
 class Scripted:
     """In a requester's place: ends one request after the other as it is told."""
 
