@@ -49,8 +49,10 @@ class Forecast:
 
     def _too_late(self, ticket: Ticket, now_us: int) -> bool:
         """Whether it is hopeless by now, on the executor that is free first."""
-        serving = self._executors.serving(ticket.model)
-        return self.hopeless(ticket, now_us, min((one.remaining_us(now_us) for one in serving), default=0))
+        if not self.times.sure(ticket.model, now_us):
+            return False
+        waits_us = [one.remaining_us(now_us) for one in self._executors.serving(ticket.model)]
+        return self.hopeless(ticket, now_us, min(waits_us, default=0))
 
     def hopeless_us(self, ticket: Ticket) -> int:
         """From when on it cannot make it on an executor that is free then."""
@@ -108,16 +110,19 @@ class Forecast:
 
     def _wait_us(self, serving: list[Executor], now_us: int, ticket: Ticket | None = None) -> int:
         """Predicted time until `ticket`, or one behind all others, starts: what is before it, shared out."""
-        ahead_us = float(sum(executor.remaining_us(now_us) for executor in serving))
-        paced_us = 0.0
-        own, before = 0, 0
+        ahead_us = paced_us = 0.0
+        rival_rows = own = before = 0
+        for executor in serving:
+            ahead_us += executor.remaining_us(now_us)
+            if executor.rival_rows > rival_rows:
+                rival_rows = executor.rival_rows
         for model, queue in self._queues.items():
-            if queue.count and any(model in executor.models for executor in serving):
+            if queue.count and any([model in executor.models for executor in serving]):
                 work = queue.work if ticket is None else queue.work_ahead(ticket)
                 own, before = own + queue.work, before + work
                 ahead_us += work * self.times.us_per_row(model)
                 paced_us = max(paced_us, work * self._paced(model, queue))
-        if rival_rows := max((executor.rival_rows for executor in serving), default=0):
+        if rival_rows:
             # Executors go by deadlines, whichever batcher asks: of the rivals' rows, as large a part is served before.
             ahead_us += rival_rows * (before / own if own else 1.0) * self._us_per_row(serving)
         return int(max(paced_us, ahead_us / max(1, len(serving))))

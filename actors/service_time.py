@@ -190,6 +190,11 @@ class ServiceTimes:
         curve = self._curves.get(model)
         return curve is not None and curve.at_least(work) > within_us and curve.sure(now_us)
 
+    def sure(self, model: ModelKey, now_us: int) -> bool:
+        """Whether there is enough and recent proof to call anything hopeless."""
+        curve = self._curves.get(model)
+        return curve is not None and curve.sure(now_us)
+
     def landed(self, model: ModelKey, flight_us: int) -> None:
         """A batch came back so long after it was sent; the wait in front of the device is in that."""
         mean_us = self._flights.get(model, float(flight_us))
