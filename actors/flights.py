@@ -166,12 +166,12 @@ class Executor:
 
     def remaining_us(self, now_us: int) -> int:
         """Predicted time until all that was sent there is computed, one batch after the other."""
-        since_us, needs_us = 0, 0
+        first, needs_us = None, 0
         for flight in self.flights.values():
             if not flight.late:
-                since_us = since_us or max(flight.sent_us, self.landed_us)
+                first = first or flight
                 needs_us += flight.predicted_us
-        return max(0, needs_us - (now_us - since_us)) if needs_us else 0
+        return 0 if first is None else max(0, needs_us - (now_us - max(first.sent_us, self.landed_us)))
 
     def full(self) -> bool:
         """Whether all its slots are in use by this batcher."""
