@@ -1,7 +1,7 @@
 """The ten thousand seeds of `make test`. One that fails here fails again with `narsil simulate --seed`.
 
-One test in a file of its own, over all processors: pytest-xdist begins files with few tests last, when its workers would
-wait for each other.
+One test in a file of its own, over all processors: pytest-xdist begins the files with the fewest tests last, when its
+workers would wait for each other.
 """
 
 import pytest
