@@ -70,7 +70,7 @@ class Forecast:
         request refused for good.
         """
         serving = self._executors.serving(ticket.model)
-        waiting = any([queue.count for queue in self._queues.values()])
+        waiting = any(queue.count for queue in self._queues.values())
         queue = self._queues.get(ticket.model)
         batch = min(self._tuner.cap_rows, ticket.work + (queue.work if queue else 0))
         after_us = self.times.predict(ticket.model, max(batch, ticket.work))
@@ -119,7 +119,7 @@ class Forecast:
         ahead_us, paced_us = float(busy_us), 0.0
         own = before = 0
         for model, queue in self._queues.items():
-            if queue.count and any([model in executor.models for executor in serving]):
+            if queue.count and any(model in executor.models for executor in serving):
                 work = queue.work if ticket is None else queue.work_ahead(ticket)
                 own, before = own + queue.work, before + work
                 ahead_us += work * self.times.us_per_row(model)

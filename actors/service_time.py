@@ -71,7 +71,7 @@ class Curve:
         """Points in order of work; more work never takes less time."""
         sizes = [self._sizes[size] for size in sorted(self._sizes)]
         points = [(work, us, len(recent)) for recent in sizes for us, work in [recent.median]]
-        if any([count < TRUSTED for _, _, count in points]):
+        if any(count < TRUSTED for _, _, count in points):
             points = [_bounded(points, at) for at in range(len(points))]
         self._works = [work for work, _, _ in points]
         self._times = _rising([(us, count) for _, us, count in points])

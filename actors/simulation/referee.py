@@ -94,7 +94,7 @@ class Referee:
         """One round trip while nothing is under way, and a few while a slot that it offers goes from hand to hand."""
         world = self._world
         hungry = [batcher for batcher in world.batchers if batcher.shadow.rows and batcher.thaws_us <= now]
-        if hungry and any([batcher.policy.may_wait for batcher in world.batchers]):
+        if hungry and any(batcher.policy.may_wait for batcher in world.batchers):
             hungry.clear()
         for executor in world.executors:
             waits = None
