@@ -166,13 +166,12 @@ class Executor:
 
     def remaining_us(self, now_us: int) -> int:
         """Predicted time until all that was sent there is computed, one batch after the other."""
-        if not self.flights:
-            return 0
-        flights = [flight for flight in self.flights.values() if not flight.late]
-        if not flights:
-            return 0
-        took_us = now_us - max(flights[0].sent_us, self.landed_us)
-        return max(0, sum(flight.predicted_us for flight in flights) - took_us)
+        first, needs_us = None, 0
+        for flight in self.flights.values():
+            if not flight.late:
+                first = first or flight
+                needs_us += flight.predicted_us
+        return 0 if first is None else max(0, needs_us - (now_us - max(first.sent_us, self.landed_us)))
 
     def full(self) -> bool:
         """Whether all its slots are in use by this batcher."""
@@ -198,8 +197,8 @@ class Fleet(dict[str, Executor]):
         self[executor.id] = executor
 
     def give_up_expected(self, now_us: int) -> None:
-        for name in [name for name, until_us in self.expected.items() if until_us <= now_us]:
-            del self.expected[name]
+        if self.expected:
+            self.expected = {name: until_us for name, until_us in self.expected.items() if until_us > now_us}
 
     def hopeless(self, model: ModelKey) -> bool:
         """Whether nobody is left for it, nor about to come."""
@@ -222,7 +221,10 @@ class Fleet(dict[str, Executor]):
         return False
 
     def offered(self, model: ModelKey) -> bool:
-        return any(executor.up and model in executor.offers for executor in self.values())
+        for executor in self.values():  # noqa: SIM110
+            if executor.up and model in executor.offers:
+                return True
+        return False
 
     def flight(self, executor: str, batch: int) -> Flight | None:
         return self[executor].flights.get(batch) if executor in self else None

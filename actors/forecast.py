@@ -49,8 +49,10 @@ class Forecast:
 
     def _too_late(self, ticket: Ticket, now_us: int) -> bool:
         """Whether it is hopeless by now, on the executor that is free first."""
-        serving = self._executors.serving(ticket.model)
-        return self.hopeless(ticket, now_us, min((one.remaining_us(now_us) for one in serving), default=0))
+        if not self.times.sure(ticket.model, now_us):
+            return False
+        waits_us = [one.remaining_us(now_us) for one in self._executors.serving(ticket.model)]
+        return self.hopeless(ticket, now_us, min(waits_us, default=0))
 
     def hopeless_us(self, ticket: Ticket) -> int:
         """From when on it cannot make it on an executor that is free then."""
@@ -75,12 +77,13 @@ class Forecast:
         if waiting:  # it will be in a full batch, perhaps behind one of another batcher
             after_us = max(after_us, self.times.flight(ticket.model))
         room_us = ticket.deadline_us - now_us - after_us
-        late_us = int(MARGIN * self._wait_us(serving, now_us)) - room_us
+        busy_us = self._busy_us(serving, now_us)
+        late_us = int(MARGIN * self._wait_us(serving, busy_us)) - room_us
         if late_us <= 0 and (queue is None or not queue.shared()):
             return late_us
         if not waiting and any(executor.free and not executor.flights for executor in serving):
             return 0
-        wait_us = self._wait_us(serving, now_us, ticket)
+        wait_us = self._wait_us(serving, busy_us, ticket)
         aged_us = self._aged_wait_us(serving, ticket)
         late_us = int(MARGIN * (wait_us if aged_us is None else min(wait_us, aged_us))) - room_us
         if late_us > 0 or queue is None or queue.shared():
@@ -104,20 +107,24 @@ class Forecast:
 
     def wait_us(self, model: ModelKey, now_us: int) -> int:
         """Predicted time until a ticket that comes last starts."""
-        return self._wait_us(self._executors.serving(model), now_us)
+        serving = self._executors.serving(model)
+        return self._wait_us(serving, self._busy_us(serving, now_us))
 
-    def _wait_us(self, serving: list[Executor], now_us: int, ticket: Ticket | None = None) -> int:
+    def _busy_us(self, serving: list[Executor], now_us: int) -> int:
+        """What is under way there, in time of one executor."""
+        return sum([executor.remaining_us(now_us) for executor in serving])
+
+    def _wait_us(self, serving: list[Executor], busy_us: int, ticket: Ticket | None = None) -> int:
         """Predicted time until `ticket`, or one behind all others, starts: what is before it, shared out."""
-        ahead_us = float(sum(executor.remaining_us(now_us) for executor in serving))
-        paced_us = 0.0
-        own, before = 0, 0
+        ahead_us, paced_us = float(busy_us), 0.0
+        own = before = 0
         for model, queue in self._queues.items():
             if queue.count and any(model in executor.models for executor in serving):
                 work = queue.work if ticket is None else queue.work_ahead(ticket)
                 own, before = own + queue.work, before + work
                 ahead_us += work * self.times.us_per_row(model)
                 paced_us = max(paced_us, work * self._paced(model, queue))
-        if rival_rows := max((executor.rival_rows for executor in serving), default=0):
+        if rival_rows := max([executor.rival_rows for executor in serving], default=0):
             # Executors go by deadlines, whichever batcher asks: of the rivals' rows, as large a part is served before.
             ahead_us += rival_rows * (before / own if own else 1.0) * self._us_per_row(serving)
         return int(max(paced_us, ahead_us / max(1, len(serving))))

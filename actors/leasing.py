@@ -55,18 +55,20 @@ class Ledger:
         if beat.state == "gone":
             self._lose(beat.batcher)
             return
-        known = self.batchers.setdefault(beat.batcher, Batcher(now_us))
-        known.seen_us = now_us
-        known.rows, known.due_us = beat.demand_rows, now_us + beat.slack_us
+        self._hear(beat.batcher, beat.demand_rows, beat.slack_us, now_us)
 
     def demand(self, demand: Demand, now_us: int) -> None:
-        known = self.batchers.setdefault(demand.batcher, Batcher(now_us))
-        known.seen_us = now_us
-        known.rows, known.due_us = demand.rows, now_us + demand.slack_us
+        self._hear(demand.batcher, demand.rows, demand.slack_us, now_us)
         for slot in demand.returned:
             place = self._place(slot, demand.batcher)
             if place is not None:
                 self._free(place)
+
+    def _hear(self, batcher: str, rows: int, slack_us: int, now_us: int) -> None:
+        known = self.batchers.get(batcher)
+        if known is None:
+            known = self.batchers[batcher] = Batcher(now_us)
+        known.seen_us, known.rows, known.due_us = now_us, rows, now_us + slack_us
 
     def accept(self, batch: Batch, now_us: int) -> bool:
         """Whether the batch comes with a valid slot; the slot is then busy until `finish`."""
@@ -119,7 +121,7 @@ class Ledger:
         return tuple(Waiting(name, batcher.rows) for name, batcher in self.batchers.items() if batcher.rows)
 
     def busy(self) -> int:
-        return sum(place.busy for place in self.places)
+        return sum([place.busy for place in self.places])
 
     def holder(self, slot: Slot) -> str:
         return self.places[slot.index].holder

@@ -143,7 +143,7 @@ class Line:
 
     def earliest_deadline(self) -> int:
         if self._due_us is None:
-            self._due_us = min(lane.first().deadline_us for lane in self.lanes.values())
+            self._due_us = min([lane.first().deadline_us for lane in self.lanes.values()])
         return self._due_us
 
     def take_first(self) -> Ticket:

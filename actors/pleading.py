@@ -36,9 +36,13 @@ class Pleading:
 
     def demand(self, executor: Executor, now_us: int) -> Demand:
         """All that waits here for it, and what it gets back."""
-        queues = [queue for model, queue in self._queues.items() if queue.count and model in executor.models]
-        waiting: list[Queue | Group] = [*queues, *self._retries.wait_for(executor)]
-        rows = executor.told_rows = sum(one.rows for one in waiting)
+        waiting: list[Queue | Group] = []
+        for model, queue in self._queues.items():
+            if queue.count and model in executor.models:
+                waiting.append(queue)
+        if self._retries:
+            waiting += self._retries.wait_for(executor)
+        rows = executor.told_rows = sum([one.rows for one in waiting])
         deadlines = [due for one in waiting if (due := one.earliest_deadline()) is not None]
         slack_us = max(0, min(deadlines) - now_us) if deadlines else 0
         returned = tuple(Slot(index, generation) for index, generation in executor.abandoned.items())

@@ -116,11 +116,12 @@ class Queue:
 
     def earliest_deadline(self) -> int | None:
         """Over all lines."""
-        lines = self.lines
-        if len(lines) == 1:
-            for line in lines.values():
-                return line.earliest_deadline()
-        return min((line.earliest_deadline() for line in lines.values()), default=None)
+        earliest_us = None
+        for line in self.lines.values():
+            due_us = line.earliest_deadline()
+            if earliest_us is None or due_us < earliest_us:
+                earliest_us = due_us
+        return earliest_us
 
     def shared(self) -> bool:
         """Whether several tenants or classes come: who waits last may then be overtaken by who has not come yet."""

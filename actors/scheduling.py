@@ -86,7 +86,7 @@ class Scheduler:
     @property
     def may_wait(self) -> bool:
         """Whether work may wait although an executor is free."""
-        return bool(self.tuner.linger_us or self.rules.consolidate)
+        return bool(self.tuner.linger_us or self._rules.consolidate)
 
     # What happens
 
@@ -104,7 +104,7 @@ class Scheduler:
 
     def check(self, ticket: Ticket, now_us: int) -> None:
         """Raises what `offer` would raise."""
-        rules = self.rules
+        rules = self._rules
         if ticket.rows > rules.max_rows or ticket.bytes > rules.max_bytes:
             raise Refused(
                 Fault.TOO_LARGE,
@@ -128,7 +128,7 @@ class Scheduler:
 
     def _find_room(self, ticket: Ticket, now_us: int) -> None:
         """Raises OVERLOADED if the queue is full, or if its tenant has more than its share and little room is left."""
-        rules, tenants = self.rules, self.tenants
+        rules, tenants = self._rules, self.tenants
         name = ticket.tenant = tenants.known_as(ticket.tenant)
         rows, size = self.rows + ticket.rows, self.bytes + ticket.bytes
         if rows > rules.queue_rows or size > rules.queue_bytes:
@@ -145,7 +145,7 @@ class Scheduler:
     def _held(self, ticket: Ticket) -> float:
         """The part of the queue that its tenant would hold with it."""
         rows, size = self.tenants.waiting[ticket.tenant]
-        return max((rows + ticket.rows) / self.rules.queue_rows, (size + ticket.bytes) / self.rules.queue_bytes)
+        return max((rows + ticket.rows) / self._rules.queue_rows, (size + ticket.bytes) / self._rules.queue_bytes)
 
     def cancel(self, ticket: Ticket) -> None:
         """The caller has left. In flight it is computed, but nobody is answered."""
@@ -173,7 +173,7 @@ class Scheduler:
         if executor in self.executors:
             self.executors[executor].offer_slot(slot)
         else:
-            self.executors.expected[executor] = now_us + self.rules.lease_us
+            self.executors.expected[executor] = now_us + self._rules.lease_us
 
     def result(self, result: Result, now_us: int) -> tuple[list[Ticket], Sequence[Decision]]:
         """A batch came back. Returns its tickets in row order if they are scored now, and drops."""
@@ -229,16 +229,17 @@ class Scheduler:
 
     def wake_us(self, now_us: int) -> int | None:
         """When `decide` has to be called next, if no event comes before."""
-        wake_us = min(self.executors.expected.values(), default=NEVER)
-        wake_us = min(wake_us, self._next_ending_us(now_us))
-        lease_us, pleads = self.rules.lease_us, self.pleading.pleads
+        wake_us = self._next_ending_us(now_us)
+        if self.executors.expected:
+            wake_us = min(wake_us, *self.executors.expected.values())
+        lease_us, pleads = self._rules.lease_us, self.pleading.pleads
         for executor in self.executors.values():
             if executor.seen_us + lease_us < wake_us:
                 wake_us = executor.seen_us + lease_us
             for flight in executor.flights.values():
                 if not flight.late and flight.overdue_us < wake_us:
                     wake_us = flight.overdue_us
-            if pleads(executor) and executor.demanded_us + DEMAND_EVERY_US < wake_us:
+            if executor.demanded_us + DEMAND_EVERY_US < wake_us and pleads(executor):
                 wake_us = executor.demanded_us + DEMAND_EVERY_US
             if self.retries and executor.free and self.retries.wait_for(executor):
                 return now_us
@@ -302,12 +303,12 @@ class Scheduler:
     def _excuse_own_pause(self, now_us: int) -> None:
         """Heartbeats that came while this process itself stood still are not read yet: nobody is dead for that."""
         pause_us, self._decided_us = now_us - self._decided_us, now_us
-        if pause_us > self.rules.lease_us // 2:
+        if pause_us > self._rules.lease_us // 2:
             for executor in self.executors.values():
-                executor.seen_us = max(executor.seen_us, now_us - self.rules.lease_us // 2)
+                executor.seen_us = max(executor.seen_us, now_us - self._rules.lease_us // 2)
 
     def _lost_executors(self, now_us: int) -> Iterator[Decision]:
-        alive_us = now_us - self.rules.lease_us
+        alive_us = now_us - self._rules.lease_us
         for executor in [executor for executor in self.executors.values() if executor.seen_us <= alive_us]:
             yield from self._lose(executor)
 
@@ -332,8 +333,8 @@ class Scheduler:
     def _dispatches(self, now_us: int) -> Iterator[Dispatch]:
         while self._waits():
             ready = [executor for executor in self.executors.values() if executor.up and executor.free]
-            for executor in in_order(ready, self.rules.consolidate):
-                group = self.retries.take_for(executor) or self.cutting.next(executor, self.rules, now_us)
+            for executor in in_order(ready, self._rules.consolidate):
+                group = self.retries.take_for(executor) or self.cutting.next(executor, self._rules, now_us)
                 if group is not None:
                     yield self._dispatch(executor, group, now_us)
                     break
@@ -341,7 +342,7 @@ class Scheduler:
                 return
 
     def _dispatch(self, executor: Executor, group: Group, now_us: int) -> Dispatch:
-        rules = self.rules
+        rules = self._rules
         tickets = group.open_tickets()
         rows = sum(ticket.rows for ticket in tickets)
         self._batches += 1
@@ -374,8 +375,13 @@ class Scheduler:
         for model, queue in self.queues.items():
             due_us, head = queue.earliest_deadline(), queue.head()
             if due_us is not None and head is not None:
-                alarms = (self.forecast.hopeless_us(head), *self.cutting.alarms(model, queue, self.rules, now_us))
-                next_us = min(next_us, due_us, *(alarm for alarm in alarms if alarm > now_us))
+                next_us = min(next_us, due_us)
+                for alarm_us in (
+                    self.forecast.hopeless_us(head),
+                    *self.cutting.alarms(model, queue, self._rules, now_us),
+                ):
+                    if now_us < alarm_us < next_us:
+                        next_us = alarm_us
         if self.retries or self.executors.busy():
             for group in self._groups():
                 due_us = group.earliest_deadline()

@@ -71,7 +71,8 @@ class Curve:
         """Points in order of work; more work never takes less time."""
         sizes = [self._sizes[size] for size in sorted(self._sizes)]
         points = [(work, us, len(recent)) for recent in sizes for us, work in [recent.median]]
-        points = [_bounded(points, at) for at in range(len(points))]
+        if any(count < TRUSTED for _, _, count in points):
+            points = [_bounded(points, at) for at in range(len(points))]
         self._works = [work for work, _, _ in points]
         self._times = _rising([(us, count) for _, us, count in points])
         self.us_per_row, self.best_work = min(
@@ -189,6 +190,11 @@ class ServiceTimes:
         """Whether it is proven that so much work takes longer, even alone."""
         curve = self._curves.get(model)
         return curve is not None and curve.at_least(work) > within_us and curve.sure(now_us)
+
+    def sure(self, model: ModelKey, now_us: int) -> bool:
+        """Whether there is enough and recent proof to call anything hopeless."""
+        curve = self._curves.get(model)
+        return curve is not None and curve.sure(now_us)
 
     def landed(self, model: ModelKey, flight_us: int) -> None:
         """A batch came back so long after it was sent; the wait in front of the device is in that."""

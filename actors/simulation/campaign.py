@@ -11,7 +11,7 @@ from dataclasses import dataclass, field
 from narsil_stream.actors.simulation.mutations import planted
 from narsil_stream.actors.simulation.run import Outcome, simulate
 
-BLOCK = 20
+BLOCK = 5
 """Seeds that a process runs before it reports."""
 
 _planted = ExitStack()
@@ -52,9 +52,11 @@ def campaign(first: int, seeds: int, jobs: int = 0, mutation: str = "") -> Itera
 
 
 def run_block(seeds: range) -> Findings:
-    """Worlds are full of cycles: they are collected once a block, which is a tenth cheaper than as they grow."""
+    """Worlds are full of cycles: they are collected once a block, which is a tenth cheaper than as they grow. What was
+    there before is not looked at."""
     enabled = gc.isenabled()
     gc.disable()
+    gc.freeze()
     findings = Findings()
     try:
         for seed in seeds:
@@ -62,6 +64,7 @@ def run_block(seeds: range) -> Findings:
             findings.add(Findings(1, outcome.events, outcome.tally, [outcome] if outcome.broken else []))
     finally:
         gc.collect()
+        gc.unfreeze()
         if enabled:
             gc.enable()
     return findings

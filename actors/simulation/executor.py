@@ -117,8 +117,8 @@ class Executor(Actor):
         ledger, name, fail = self.ledger, self.name, self.world.referee.fail
         if self.inside > self.slots:
             fail(f"{name} computes {self.inside} batches on {self.slots} slots")
-        if ledger.busy() != self.inside:
-            fail(f"{name} holds {ledger.busy()} slots busy for {self.inside} batches")
+        if (busy := ledger.busy()) != self.inside:
+            fail(f"{name} holds {busy} slots busy for {self.inside} batches")
         if len(ledger.places) != self.slots:
             fail(f"{name} has {len(ledger.places)} slots; it started with {self.slots}")
         if ledger.open and ledger.batchers:

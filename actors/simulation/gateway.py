@@ -137,5 +137,5 @@ class Gateway(Actor):
         router, fail = self.router, self.world.referee.fail
         if len(router.pending) != len(self.unended):
             fail(f"{self.name} has lost sight of a request")
-        if sum(len(peer.open) for peer in router.peers.values()) != len(router.pending):
+        if sum([len(peer.open) for peer in router.peers.values()]) != len(router.pending):
             fail(f"{self.name}: a request is with no batcher that is alive")

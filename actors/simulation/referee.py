@@ -43,10 +43,11 @@ class Referee:
 
     def asked(self, gateway: "Gateway", request: "Request") -> None:
         gateway.unended[request.number] = request
-        self._world.note(
-            gateway.name,
-            f"is asked r{request.number}: {request.rows} rows, {request.budget_us} us, class {request.priority}",
-        )
+        if self._world.trace is not None:
+            self._world.note(
+                gateway.name,
+                f"is asked r{request.number}: {request.rows} rows, {request.budget_us} us, class {request.priority}",
+            )
         self.watch(gateway, request.number, self._world.now + request.budget_us, GRACE_US)
 
     def answered(self, gateway: "Gateway", request: "Request", how: str, scores: bytes | memoryview = b"") -> None:
@@ -61,7 +62,8 @@ class Referee:
         del gateway.unended[number]
         self.ended[number] = how
         self._world.tally["end", how] += 1
-        self._world.note(gateway.name, f"ends r{number}: {how}")
+        if self._world.trace is not None:
+            self._world.note(gateway.name, f"ends r{number}: {how}")
 
     def lost_with(self, gateway: "Gateway") -> None:
         """Whoever asked it sees the connection break."""
@@ -91,14 +93,13 @@ class Referee:
     def _check_idle(self, now: int, until_us: int) -> None:
         """One round trip while nothing is under way, and a few while a slot that it offers goes from hand to hand."""
         world = self._world
-        hungry = None
+        hungry = [batcher for batcher in world.batchers if batcher.shadow.rows and batcher.thaws_us <= now]
+        if hungry and any(batcher.policy.may_wait for batcher in world.batchers):
+            hungry.clear()
         for executor in world.executors:
-            if executor.inside or executor.phase != "up" or executor.thaws_us > now:
-                executor.idle_us = executor.still_us = None
-                continue
-            if hungry is None:
-                hungry = [b for b in world.batchers if b.shadow.rows and b.thaws_us <= now]
-            waits = self._waits_for(executor, hungry, now) if hungry else None
+            waits = None
+            if hungry and not executor.inside and executor.phase == "up" and executor.thaws_us <= now:
+                waits = self._waits_for(executor, hungry, now)
             if waits is None:
                 executor.idle_us = executor.still_us = None
                 continue
@@ -116,11 +117,11 @@ class Referee:
     def _waits_for(self, executor: "Executor", hungry: "list[Batcher]", now: int) -> "Batcher | None":
         """A batcher with work for it, if no fault has struck either of late, nor who holds its slots."""
         shaken_us = self._world.weather.shaken_us
-        concerned = [executor.name, *(place.holder for place in executor.ledger.places)]
-        if any(batcher.policy.may_wait for batcher in self._world.batchers) or any(
-            shaken_us.get(name, 0) > now for name in concerned
-        ):
+        if shaken_us.get(executor.name, 0) > now:
             return None
+        for place in executor.ledger.places:
+            if shaken_us.get(place.holder, 0) > now:
+                return None
         for batcher in hungry:
             known = batcher.policy.executors.get(executor.name)
             heard = known is not None and known.up and shaken_us.get(batcher.name, 0) <= now

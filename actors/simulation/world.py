@@ -222,7 +222,8 @@ class World:
 
     def count(self, decision: str, who: str, detail: str = "") -> None:
         self.tally["decision", decision] += 1
-        self.note(who, f"{decision.partition(': ')[2]} {detail}")
+        if self.trace is not None:
+            self.note(who, f"{decision.partition(': ')[2]} {detail}")
 
     def note(self, who: str, what: str) -> None:
         if self.trace is not None:

@@ -65,7 +65,10 @@ class Peer:
     open: set[int] = field(default_factory=set)
 
     def serves(self, model: str, version: str) -> bool:
-        return any(ref.name == model and (not version or ref.version == version) for ref in self.models)
+        for ref in self.models:  # noqa: SIM110 - `any` takes twice as long, and this is asked for each request
+            if ref.name == model and (not version or ref.version == version):
+                return True
+        return False
 
 
 class Router(Generic[P]):
@@ -88,7 +91,8 @@ class Router(Generic[P]):
         return next(self._slots)
 
     def alive(self) -> list[Peer]:
-        return [peer for peer in self.peers.values() if peer.up and self._reachable(peer)]
+        connected = self._links.connected
+        return [peer for peer in self.peers.values() if peer.up and (connected or self._is_local(peer))]
 
     def nobody(self) -> Refused:
         why = "no batcher is alive" if self._links.connected else "the broker is not connected"
@@ -215,7 +219,7 @@ class Router(Generic[P]):
     def cut_off(self) -> list[P]:
         """The connection broke: takes out the requests that went over it, as they or their answers may be lost."""
         failed = []
-        for peer in [peer for peer in self.peers.values() if not self._links.is_local(subjects.ask(peer.id))]:
+        for peer in [peer for peer in self.peers.values() if not self._is_local(peer)]:
             del self.peers[peer.id]
             for slot in peer.open:
                 pending = self.pending.get(slot)
@@ -257,5 +261,5 @@ class Router(Generic[P]):
         serving = [peer for peer in alive if peer.serves(pending.model, pending.version)]
         return min(serving or alive, key=lambda peer: (peer.wait_us // 1_000, len(peer.open), peer.id))
 
-    def _reachable(self, peer: Peer) -> bool:
-        return self._links.connected or self._links.is_local(subjects.ask(peer.id))
+    def _is_local(self, peer: Peer) -> bool:
+        return self._links.is_local(subjects.ask(peer.id))
