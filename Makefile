@@ -28,7 +28,7 @@ ONE_THREAD = OMP_NUM_THREADS=1 OPENBLAS_NUM_THREADS=1 MKL_NUM_THREADS=1
 
 MAKEFLAGS += --no-print-directory
 .DEFAULT_GOAL := help
-.PHONY: help setup serve test chaos fuzz lint format clean distclean
+.PHONY: help setup serve test gate chaos fuzz lint format clean distclean
 
 help: ## List what make can do (this)
 	@sed -n 's/^\([a-z]*\):.*## \(.*\)/\1|\2/p' $(MAKEFILE_LIST) | while IFS='|' read -r name what; do \
@@ -41,6 +41,9 @@ serve: $(SERVE_VENV)/.complete ## Run the whole pipeline here; needs no GPU and 
 
 test: setup ## Run the tests, two at a time (options: make test ARGS='-k batch'; one at a time: ARGS='-n 0')
 	@$(ONE_THREAD) .venv/bin/python -m pytest -n 2 --dist loadfile $(ARGS)
+
+gate: setup ## Hold the hot path to limits, half a minute (options: make gate ARGS='--only scheduler')
+	@.venv/bin/narsil bench gate $(ARGS)
 
 chaos: setup ## Load, kill and freeze a whole system, about 5 minutes (options: make chaos ARGS='--json chaos.json')
 	@.venv/bin/narsil bench chaos $(ARGS)

@@ -77,12 +77,12 @@ def load_for(server: Server, asked: list[Asked], in_flight: int, seconds: float,
     return load
 
 
-def run_of(server: Server, load: Load, generators: int = 1) -> Callable[[], Figures]:
-    """A run, which raises Bypassed when requests did not cross the server's broker."""
+def run_of(server: Server, load: Load, generators: int = 1, use_wrk: bool | None = None) -> Callable[[], Figures]:
+    """A run, which raises Bypassed when requests did not cross the server's broker. `use_wrk` None: if it is there."""
 
     def run() -> Figures:
         before = server.broker.in_bytes() if server.broker else 0
-        figures = measure(server.name, load, generators, wrk.available())
+        figures = measure(server.name, load, generators, wrk.available() if use_wrk is None else use_wrk)
         if server.broker:
             server.broker.since(server.name, before, (figures.sent - figures.failed) * load.tensor_bytes)
         return figures

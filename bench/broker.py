@@ -26,7 +26,7 @@ from narsil_stream.bench.shell import (
 
 def broker(plan: Plan, say: Say) -> Report:
     """The pipeline with the no-op model, and an echo; NATS producers' has a broker of its own."""
-    gathered = Gathered()
+    gathered = Gathered(plan.file)
     with (
         workplace("shell") as (folder, model, backend),
         serving.pipeline(folder / "batch", model, "--backend", "noop", *plan.options) as ours,
@@ -58,6 +58,7 @@ def _case(at: Place, ours: serving.Pipeline, way: Way, rows: int, connections: i
     gathered.note(case, f"µs of processor time a request: {spent}")
     if why := doubt(median(found["pipeline"]), median(found["echo"])):
         gathered.invalid[case] = why
+    gathered.case_done()
 
 
 def _counting(run: Callable[[], Figures], pids: dict[str, list[int]], used: dict[str, float]) -> Callable[[], Figures]:

@@ -1,18 +1,23 @@
 """Load generators in processes of their own: closed loop, and open loop with Poisson arrivals.
 
-`python -m narsil_stream.bench.load` reads a `Load` from stdin and writes an `Outcome` to stdout, both msgpack.
+`python -m narsil_stream.bench.load` reads a `Load` from stdin and writes an `Outcome` to stdout, both msgpack; whatever
+else is printed there goes to stderr.
 
 Open loop: a request has an intended time, drawn beforehand. Its latency counts from then, whether the generator, a free
 connection or the server was late, so that a server which stands still cannot hide the requests that it kept away.
 """
 
 import asyncio
+import contextlib
 import gc
+import os
 import subprocess
 import sys
+import tempfile
 import threading
 import time
 from collections.abc import Callable
+from typing import IO
 
 import msgspec
 import numpy as np
@@ -74,38 +79,59 @@ class Outcome(Struct, frozen=True):
 
 
 class LoadFailed(RuntimeError):
-    """A generator ended without an outcome."""
+    """A generator ended without an outcome; says what it said last."""
 
 
 def run(load: Load, processes: int = 1) -> Outcome:
-    """Run generators at the same time, which share connections and rate; their outcomes are joined."""
-    shares = [_share(load, processes, number) for number in range(processes)]
+    """Run generators at the same time, which share connections and rate; their outcomes are joined.
+
+    Never more of them than requests in flight. Raises LoadFailed.
+    """
+    shares = _shares(load, min(processes, load.in_flight))
     command = [sys.executable, "-m", "narsil_stream.bench.load"]
-    running = [subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE) for _ in shares]
-    try:
+    with contextlib.ExitStack() as stack:
+        said = [stack.enter_context(tempfile.TemporaryFile()) for _ in shares]
+        running = [
+            subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=file) for file in said
+        ]
+        for process in running:
+            stack.callback(_end, process)
         for process, share in zip(running, shares, strict=True):
             assert process.stdin is not None
-            process.stdin.write(msgspec.msgpack.encode(share))
-            process.stdin.close()
-        outcomes = []
-        for process in running:
-            assert process.stdout is not None
-            data = process.stdout.read()
-            if process.wait():
-                raise LoadFailed(f"a load generator ended with status {process.returncode}")
-            outcomes.append(msgspec.msgpack.decode(data, type=Outcome))
-    finally:
-        for process in running:
-            process.kill()
-            process.wait()
-    return joined(outcomes)
+            with contextlib.suppress(BrokenPipeError), process.stdin:  # one that ended says why
+                process.stdin.write(msgspec.msgpack.encode(share))
+        return joined([_outcome(process, file) for process, file in zip(running, said, strict=True)])
 
 
-def _share(load: Load, processes: int, number: int) -> Load:
-    in_flight = load.in_flight // processes + (number < load.in_flight % processes)
-    if not in_flight:
-        raise ValueError(f"{load.in_flight} in flight is too few for {processes} generators")
-    return replace(load, in_flight=in_flight, rate=load.rate / processes, seed=load.seed + number)
+def _shares(load: Load, processes: int) -> list[Load]:
+    each, more = divmod(load.in_flight, processes)
+    return [
+        replace(load, in_flight=each + (number < more), rate=load.rate / processes, seed=load.seed + number)
+        for number in range(processes)
+    ]
+
+
+def _outcome(process: subprocess.Popen[bytes], said: IO[bytes]) -> Outcome:
+    """A process without an outcome failed whatever its status, which reads 0 where SIGCHLD is ignored."""
+    assert process.stdout is not None
+    data = process.stdout.read()
+    status = process.wait()
+    try:
+        outcome = msgspec.msgpack.decode(data, type=Outcome)
+    except msgspec.DecodeError as error:
+        problem = f"an outcome of {len(data)} bytes ({error})" if data else "no outcome"
+    else:
+        if not status:
+            return outcome
+        problem = "its outcome written"
+    said.seek(0)
+    last = said.read().decode(errors="replace").strip()[-1500:] or "nothing"
+    raise LoadFailed(f"a load generator ended with status {status} and {problem}. It said: {last}")
+
+
+def _end(process: subprocess.Popen[bytes]) -> None:
+    process.kill()
+    process.wait()
 
 
 def joined(outcomes: list[Outcome]) -> Outcome:
@@ -248,13 +274,18 @@ def tick(due: NDArray[np.float64], wake: Callable[[], object]) -> None:
 
 
 def main() -> None:
+    """The outcome is out before the interpreter ends: what a library's threads do at that time cannot cost it."""
+    outcome_to = os.dup(1)
+    os.dup2(2, 1)
     load = msgspec.msgpack.decode(sys.stdin.buffer.read(), type=Load)
 
     async def generate() -> Outcome:
         caller = CALLERS[load.questions[0].transport](load.port, load.questions, load.in_flight)
         return await Generator(load, caller).run()
 
-    sys.stdout.buffer.write(msgspec.msgpack.encode(uvloop.run(generate())))
+    outcome = uvloop.run(generate())
+    with os.fdopen(outcome_to, "wb") as out:
+        out.write(msgspec.msgpack.encode(outcome))
 
 
 if __name__ == "__main__":

@@ -114,7 +114,7 @@ def peers(
     kinds: tuple[str, ...], names: tuple[str, ...], plan: Plan, data_dir: Path, table_rows: int, quick: bool, say: Say
 ) -> Report:
     """`kinds`: shell and pipeline; `names`: of `PEERS`."""
-    gathered = Gathered()
+    gathered = Gathered(plan.file)
     for kind in kinds:
         with workplace(kind, table_rows) as (folder, model, backend):
             engine = "noop" if kind == "shell" else "auto"
@@ -247,6 +247,7 @@ def _case(
     for part in plan.open_at if connections > 1 else ():
         _open(bench, theirs, case, label, rows, part, {label: (server, load), "pipeline": (own, own_load)},
               min(median(found[label]), median(found["pipeline"])))  # fmt: skip
+    gathered.case_done()
     return median(found[label])
 
 

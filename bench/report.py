@@ -8,6 +8,7 @@ from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
+import msgspec
 from msgspec import Struct
 
 from narsil_stream import __version__
@@ -107,6 +108,17 @@ def prepare(json_file: Path | None, plot_file: Path | None) -> None:
             raise NoPlot(
                 f"{plot_file} names no kind of picture; there are: {', '.join('.' + name for name in formats)}"
             )
+
+
+def write(report: Report, file: Path) -> None:
+    """As JSON. A regular file holds the old report or the new one, whenever this ends. Raises OSError."""
+    data = msgspec.json.format(msgspec.json.encode(report), indent=2) + b"\n"
+    if file.exists() and not file.is_file():  # /dev/stdout
+        file.write_bytes(data)
+        return
+    part = file.with_name(f"{file.name}.part")
+    part.write_bytes(data)
+    part.replace(file)
 
 
 def figure(things: int, what: str) -> Any:

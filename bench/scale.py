@@ -22,7 +22,7 @@ def sizes() -> list[int]:
 
 def scale(plan: Plan, say: Say) -> Report:
     """The pipeline with the no-op model in each size; all sizes run, and take turns under load."""
-    gathered = Gathered()
+    gathered = Gathered(plan.file)
     with workplace("shell") as (folder, model, backend), contextlib.ExitStack() as stack:
         running = {
             f"x{count}": stack.enter_context(
@@ -56,7 +56,7 @@ def _case(
     for name, ours in running.items():
         server = Server(name, way, ours.port(way.transport), ours.broker)
         load = load_for(server, questions, connections, plan.seconds, TOLERANCE["shell"])
-        generators = min(max(plan.generators, len(ours.pids["batcher"])), connections)
+        generators = max(plan.generators, len(ours.pids["batcher"]))
         sides[name] = run_of(server, load, generators)
     with echo_run(replace(plan, generators=generators), load, folder, server) as echo:
         found = alternate(sides | {"echo": echo}, plan.rounds, say)
@@ -66,6 +66,7 @@ def _case(
         gathered.note(f"{case}/{name}", f"mode batch: {ours.placement}")
         if why := doubt(median(found[name]), median(found["echo"])):
             gathered.invalid[f"{case}/{name}"] = why
+    gathered.case_done()
 
 
 def _options(count: int) -> list[str]:

@@ -47,8 +47,15 @@ class Broker(NamedTuple):
 
     def in_bytes(self) -> int:
         """Payload bytes that the broker has received so far, from whomever."""
+        return self._counted("in_bytes")
+
+    def in_messages(self) -> int:
+        """Messages that the broker has received so far, from whomever."""
+        return self._counted("in_msgs")
+
+    def _counted(self, what: str) -> int:
         with urllib.request.urlopen(f"http://{HOST}:{self.monitor}/varz", timeout=READY_S) as response:
-            return int(json.load(response)["in_bytes"])
+            return int(json.load(response)[what])
 
     def since(self, name: str, before: int, sent: int) -> None:
         """Raise Bypassed unless at least the `sent` bytes came in since there were `before`."""

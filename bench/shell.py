@@ -24,6 +24,7 @@ from narsil_stream.bench.forward import reference_model
 from narsil_stream.bench.load import Load
 from narsil_stream.bench.questions import MODEL, WAYS, Asked, Way, asked
 from narsil_stream.bench.report import Report, Row, machine
+from narsil_stream.bench.report import write as write_report
 from narsil_stream.kernels import noop, reference
 from narsil_stream.kernels.artifact import write
 from narsil_stream.kernels.backend import Backend
@@ -53,11 +54,14 @@ class Plan(Struct, frozen=True):
     """Mode inline as well, as cases of its own."""
     options: tuple[str, ...] = ()
     """Further ones for `narsil serve`."""
+    file: Path | None = None
+    """Where the report so far is written after each case."""
 
 
 class Gathered(Struct):
-    """A report in the making."""
+    """A report in the making. `file`: where `case_done` writes it."""
 
+    file: Path | None = None
     rows: list[Row] = field(default_factory=list)
     absent: dict[str, str] = field(default_factory=dict)
     invalid: dict[str, str] = field(default_factory=dict)
@@ -75,6 +79,12 @@ class Gathered(Struct):
         if text not in known:
             self.notes[case] = f"{known}; {text}" if known else text
 
+    def case_done(self) -> None:
+        """An interrupted run keeps what it had."""
+        if self.file:
+            so_far = self.report()
+            write_report(replace(so_far, machine=so_far.machine | {"state": "unfinished: some cases"}), self.file)
+
     def report(self) -> Report:
         load = ", ".join(f"{value:.1f}" for value in os.getloadavg())
         how = {"closed loop over HTTP": "wrk" if wrk.available() else "own generator", "load average at the end": load}
@@ -84,7 +94,7 @@ class Gathered(Struct):
 
 def shell(plan: Plan, say: Say) -> Report:
     """The pipeline with the no-op model."""
-    gathered = Gathered()
+    gathered = Gathered(plan.file)
     with workplace("shell") as (folder, model, backend):
         _own(Place("shell", plan, gathered, say, folder, backend), model, "--backend", "noop")
     return gathered.report()
@@ -92,7 +102,7 @@ def shell(plan: Plan, say: Say) -> Report:
 
 def pipeline(plan: Plan, say: Say, table_rows: int, backend_name: str = "auto") -> Report:
     """The pipeline with the reference configuration."""
-    gathered = Gathered()
+    gathered = Gathered(plan.file)
     with workplace("pipeline", table_rows) as (folder, model, backend):
         _own(Place("pipeline", plan, gathered, say, folder, backend), model, "--backend", backend_name)
     return gathered.report()
@@ -139,8 +149,8 @@ def _own(at: Place, model: Path, *options: str) -> None:
     plan = at.plan
     with serving.pipeline(at.folder / "batch", model, *options, *plan.options) as ours:
         for way, rows, connections in product((WAYS[name] for name in plan.ways), plan.rows, plan.connections):
-            _case(at, Server("pipeline", way, ours.port(way.transport), ours.broker), rows, connections)
             at.gathered.note(case_name(at.kind, way.name, rows, connections), f"mode batch: {ours.placement}")
+            _case(at, Server("pipeline", way, ours.port(way.transport), ours.broker), rows, connections)
     if plan.inline and "http" in plan.ways:
         with serving.pipeline(at.folder / "inline", model, *options, *plan.options, "--mode", "inline") as ours:
             alone = at._replace(plan=replace(plan, open_at=()))
@@ -166,6 +176,7 @@ def _case(at: Place, server: Server, rows: int, connections: int) -> None:
         gathered.invalid[case] = why
     for part in plan.open_at if connections > 1 else ():
         open_loop(gathered, case, rows, part, median(own), {server.name: (server, load)}, plan, at.say)
+    gathered.case_done()
 
 
 def open_loop(

@@ -4,7 +4,7 @@ from pathlib import Path
 
 import rich_click as click
 
-from narsil_stream.cli import bench_chaos, bench_serving
+from narsil_stream.cli import bench_chaos, bench_gate, bench_serving
 from narsil_stream.cli.bench_scheduling import scheduling
 
 _file = click.Path(path_type=Path, dir_okay=False)
@@ -18,7 +18,7 @@ def bench() -> None:
     """
 
 
-for _command in (*bench_serving.COMMANDS, bench_chaos.chaos):
+for _command in (*bench_serving.COMMANDS, bench_chaos.chaos, bench_gate.gate):
     bench.add_command(_command)
 bench.add_command(scheduling)
 
@@ -46,18 +46,16 @@ def forward(json_file: Path | None, plot_file: Path | None, table_rows: int, rep
 
     Example: narsil bench forward --json forward.json --plot forward.svg
     """
-    import msgspec
-
     from narsil_stream.bench.forward import WrongScores, reference_model
     from narsil_stream.bench.forward import forward as measure
-    from narsil_stream.bench.report import NoPlot, plot, prepare, text
+    from narsil_stream.bench.report import NoPlot, plot, prepare, text, write
 
     try:
         prepare(json_file, plot_file)
         report = measure(reference_model(table_rows), repeats, device)  # type: ignore[arg-type]
         click.echo(text(report))
         if json_file:
-            json_file.write_bytes(msgspec.json.format(msgspec.json.encode(report), indent=2) + b"\n")
+            write(report, json_file)
         if plot_file:
             plot(report, plot_file)
     except (NoPlot, WrongScores, OSError) as error:

@@ -45,7 +45,7 @@ class Words(click.ParamType[tuple[Any, ...]]):
 def measurement(ways: tuple[str, ...], rows: str = "100,1") -> Callable[[Callable[..., "Report"]], Callable[..., None]]:
     """Options of a command that gets a `Plan` and how to say things, and gives a `Report`, which is shown."""
     options = [
-        click.option("--json", "json_file", type=_file, metavar="FILE", help="Write the figures there as well."),
+        click.option("--json", "json_file", type=_file, metavar="FILE", help="Write figures there after each case."),
         click.option("--plot", "plot_file", type=_file, metavar="FILE", help="Draw them there (.svg, .png)."),
         click.option("--ways", type=Words(WAYS), default=",".join(ways), show_default=True, help="Ways to ask."),
         click.option("--rows", type=Words(), default=rows, show_default=True, help="Rows of a request."),
@@ -97,7 +97,7 @@ def measurement(ways: tuple[str, ...], rows: str = "100,1") -> Callable[[Callabl
         ) -> None:
             from narsil_stream.bench.shell import Plan
 
-            plan = Plan(ways, rows, connections, seconds, rounds, _parts(open_at), generators)
+            plan = Plan(ways, rows, connections, seconds, rounds, _parts(open_at), generators, file=json_file)
             _show(lambda: command(_quick(plan) if quick else plan, _say(), quick=quick, **others), json_file, plot_file)
 
         for option in reversed(options):
@@ -129,25 +129,21 @@ def _say() -> Callable[[str], None]:
 
 
 def _show(measure: Callable[[], "Report"], json_file: Path | None, plot_file: Path | None) -> None:
-    import msgspec
-
     from narsil_stream.bench.load import LoadFailed
     from narsil_stream.bench.questions import Misbehaved
-    from narsil_stream.bench.report import NoPlot
+    from narsil_stream.bench.report import NoPlot, prepare, write
     from narsil_stream.bench.table import draw, markdown
 
     try:
+        prepare(json_file, plot_file)
         report = measure()
-    except (Misbehaved, LoadFailed) as error:
-        raise click.ClickException(str(error)) from None
-    click.echo(markdown(report))
-    if json_file:
-        json_file.write_bytes(msgspec.json.format(msgspec.json.encode(report), indent=2) + b"\n")
-    if plot_file:
-        try:
+        click.echo(markdown(report))
+        if json_file:
+            write(report, json_file)
+        if plot_file:
             draw(report, plot_file)
-        except (NoPlot, ValueError) as error:
-            raise click.ClickException(str(error)) from None
+    except (Misbehaved, LoadFailed, NoPlot, OSError) as error:
+        raise click.ClickException(str(error)) from None
 
 
 _table_rows = click.option(

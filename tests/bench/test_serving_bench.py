@@ -2,6 +2,9 @@
 
 import asyncio
 import json
+import os
+import subprocess
+import sys
 import threading
 import time
 from collections.abc import Iterator
@@ -13,7 +16,7 @@ import pytest
 from click.testing import CliRunner
 from msgspec.structs import replace
 
-from narsil_stream.bench import figures, load, serving, shell, table, wrk
+from narsil_stream.bench import figures, load, report, serving, shell, table, wrk
 from narsil_stream.bench.asking import Server, load_for, run_of
 from narsil_stream.bench.callers import http_request
 from narsil_stream.bench.figures import BadRun, Figures, doubt, rows_of
@@ -78,6 +81,41 @@ def test_a_closed_loop_counts_what_the_server_counted() -> None:
     assert 0 < outcome.good == len(outcome.latencies) <= outcome.sent
     assert (outcome.wrong, outcome.failed) == (0, 0)
     assert outcome.latencies.min() > 0
+
+
+def test_there_are_no_more_generators_than_requests_in_flight() -> None:
+    """One list of connections holds 64 and 1: the second case must not end the run."""
+    with Door() as door:
+        outcome = load.run(loop_for(door, in_flight=1), processes=4)
+        assert outcome.sent == door.count
+    assert outcome.good > 0
+    assert outcome.failed == 0
+
+
+@pytest.mark.parametrize("ignored", [False, True], ids=["as usual", "SIGCHLD ignored"])
+def test_a_generator_that_dies_is_told_with_what_it_said(ignored: bool) -> None:
+    """Where a parent ignores SIGCHLD each status reads 0, and nothing from a dead one read as "data was truncated"."""
+    script = (
+        "import signal, sys\n"
+        f"if {ignored}: signal.signal(signal.SIGCHLD, signal.SIG_IGN)\n"
+        "from narsil_stream.bench import load\n"
+        "from narsil_stream.bench.questions import Question\n"
+        "try: load.run(load.Load(1, [Question('none', '/', {}, b'x')], [b'a'], 8, 0.1), 2)\n"
+        "except load.LoadFailed as error: sys.exit(str(error))\n"
+    )
+    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, timeout=PATIENCE_S)
+    assert done.returncode == 1
+    assert f"ended with status {0 if ignored else 1} and no outcome" in done.stderr
+    assert "Invalid enum value 'none'" in done.stderr
+
+
+def test_what_a_library_prints_is_not_taken_for_an_outcome(tmp_path: Path) -> None:
+    """Some libraries print when they are loaded."""
+    noisy = tmp_path / "sitecustomize.py"
+    noisy.write_text("import uvloop\nrun = uvloop.run\nuvloop.run = lambda it: (print('hello'), run(it))[1]\n")
+    with Door() as door, pytest.MonkeyPatch.context() as patch:
+        patch.setenv("PYTHONPATH", os.pathsep.join([str(tmp_path), *sys.path]))
+        assert load.run(loop_for(door, seconds=0.1)).good > 0
 
 
 def test_wrong_answers_fail_the_run() -> None:
@@ -220,6 +258,7 @@ def test_the_command_measures_http_and_nats_and_writes_them_as_json(tmp_path: Pa
     assert done.exit_code == 0, done.output
     found = json.loads(file.read_bytes())
     assert {"command", "commit", "cpu", "cores"} <= set(found["machine"])
+    assert "state" not in found["machine"]
     rows = {(row["case"], row["metric"], row["baseline"]): row for row in found["rows"]}
     for way in ("http", "nats"):
         for metric in ("requests_per_s", "rows_per_s", "p50_ms", "p99_ms", "p999_ms"):
@@ -231,6 +270,32 @@ def test_the_command_measures_http_and_nats_and_writes_them_as_json(tmp_path: Pa
     assert "1 executor + batcher" in found["notes"]["shell/http/10rows/c8"]
     assert "| `shell/http/10rows/c8`" in done.output
     assert "shell/nats/10rows/c8" in plot.read_text()
+
+
+def test_what_was_measured_before_an_interruption_is_kept(tmp_path: Path) -> None:
+    """A run of an hour that is stopped in its last case had nothing to show."""
+    file = tmp_path / "new" / "shell.json"
+    plan = shell.Plan(("http",), (10,), (4, 2), 0.2, 1, (), file=file)
+
+    def say(text: str) -> None:
+        if text.endswith("/c2"):
+            raise KeyboardInterrupt
+
+    report.prepare(file, None)
+    with pytest.raises(KeyboardInterrupt):
+        shell.shell(plan, say)
+    found = json.loads(file.read_bytes())
+    assert "unfinished" in found["machine"]["state"]
+    assert {row["case"] for row in found["rows"]} == {"shell/http/10rows/c4", "shell/echo/http/10rows/c4"}
+    assert list(file.parent.iterdir()) == [file]
+
+
+def test_a_file_that_cannot_be_written_is_told_before_anything_is_measured(tmp_path: Path) -> None:
+    """It was told after an hour."""
+    done = CliRunner().invoke(cli, ["bench", "shell", "--json", "/proc/shell.json"])
+    assert done.exit_code == 1
+    assert "/proc/shell.json" in done.output
+    assert "shell/http" not in done.output
 
 
 def test_the_no_op_family_tells_rows_apart() -> None:
