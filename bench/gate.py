@@ -80,9 +80,9 @@ LIMITS = {
         ),
     )
 }
-"""Medians of six runs on two cores, three of them beside a busy loop. What counts processor time is a quarter to 31 % below
-the lowest of them, what counts requests a half, as chance has a part in it; messages: two runs. Where there are more cores, the
-pipeline gains more than the echo, which is one process: limits hold there, and notice less."""
+"""Medians of six runs on two cores, three of them beside a busy loop. What counts processor time is a quarter to 31 %
+below the lowest of them, what counts requests a half, as chance has a part in it; messages: two runs. Where there are
+more cores, the pipeline gains more than the echo, which is one process: limits hold there, and notice less."""
 
 Measure = Callable[[], Mapping[str, list[float]]]
 """Ratios of each turn, by name."""
