@@ -1,12 +1,14 @@
 """The performance gate: it fails when the hot path got slower, and not when one measurement was unlucky."""
 
+from functools import partial
+
 import pytest
 from click.testing import CliRunner
 
 from narsil_stream.actors.scheduling import Scheduler
 from narsil_stream.actors.ticket import Ticket
 from narsil_stream.bench import gate
-from narsil_stream.cli import cli
+from narsil_stream.cli import bench_policy, cli
 
 
 def test_a_scheduler_that_does_its_work_three_times_over_fails_the_gate(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -20,6 +22,7 @@ def test_a_scheduler_that_does_its_work_three_times_over_fails_the_gate(monkeypa
         offer(self, ticket, now_us)
 
     monkeypatch.setattr(Scheduler, "offer", slower)
+    monkeypatch.setattr(bench_policy, "scheduler", partial(bench_policy.scheduler, rounds=3))
     done = CliRunner().invoke(cli, ["bench", "gate", "--only", "scheduler"])
     assert done.exit_code == 1, done.output
     assert "second try | MISSED |" in done.output
@@ -52,5 +55,5 @@ def test_the_pipeline_is_measured_beside_an_echo_over_both_ways() -> None:
     """Ratios of real processes; whether they are within the limits is for `narsil bench gate`, on a quiet machine."""
     found = gate.served(lambda _: None, rounds=1)
     assert set(found) == set(gate.SERVED)
-    assert all(0.01 < found[f"{way} {what}"][0] < 2 for way in ("nats", "http") for what in ("requests", "processor"))
+    assert all(0.01 < found[f"{way} {what}"][0] < 10 for way in ("nats", "http") for what in ("requests", "processor"))
     assert found["http messages"][0] > 1  # requests of a turn cross the broker together

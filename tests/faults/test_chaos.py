@@ -9,7 +9,7 @@ from narsil_stream.bench.chaos.plan import ROWS, Plan, Row
 from narsil_stream.bench.chaos.run import chaos
 from narsil_stream.cli.bench_chaos import NAMES
 
-SHORT = Plan(rows=("200", "kill", "freeze-batcher"), length=0.1, doors=1)
+SHORT = Plan(rows=("200", "kill", "freeze-batcher"), length=0.07, doors=1)
 
 
 def test_each_request_ends_once_and_rightly_whatever_is_killed_frozen_or_too_much() -> None:

@@ -15,7 +15,7 @@ from tests.faults.traffic import Traffic
 from tests.gateways.calling import GrpcCaller, close, infer_message
 from tests.support import PATIENCE_S, invoke, narsil, until
 
-MANY = 400
+MANY = 300
 
 
 @pytest.mark.parametrize("kind", ["batcher", "executor"])

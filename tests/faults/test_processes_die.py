@@ -11,7 +11,7 @@ from tests.faults.serving import Serve
 from tests.faults.traffic import BUDGET_S, Traffic
 from tests.support import until
 
-MANY = 400
+MANY = 300
 """Answers awaited around each fault, so that requests are under way when it strikes, and after it."""
 PAIRS = ("--batch-batchers", "2", "--executor-executors", "2")
 """Two processes of a batcher and an executor each, unless they are placed apart."""
