@@ -9,9 +9,9 @@ from numpy.typing import NDArray
 from narsil_stream.schemas import codec
 from narsil_stream.schemas.errors import invalid
 from narsil_stream.schemas.protobuf import DecodeError, Message, message_class
-from narsil_stream.schemas.wire import MAX_TENANT, InferAnswer, InferRequest, JsonOutputWish, Tensor
+from narsil_stream.schemas.wire import MAX_ID, MAX_TENANT, InferAnswer, InferRequest, JsonOutputWish, Tensor
 
-MAX_TENSORS, MAX_DIMENSIONS, MAX_DIM, MAX_ID = 64, 8, 2**53, 256
+MAX_TENSORS, MAX_DIMENSIONS, MAX_DIM = 64, 8, 2**53
 MAX_TIMEOUT_US, MAX_PRIORITY = 2**53, 255
 """What `schemas/wire.py` allows. The wire's Structs check it when they are decoded; here they are made."""
 

@@ -8,14 +8,14 @@ from grpc import StatusCode
 from msgspec.structs import replace
 
 from narsil_stream.core.config import Config
-from narsil_stream.gateways.grpc_codec import MAX_ID, InferRequestMessage, parsed, to_request
+from narsil_stream.gateways.grpc_codec import InferRequestMessage, parsed, to_request
 from narsil_stream.gateways.grpc_stream import Context
 from narsil_stream.gateways.inference import Inference
 from narsil_stream.gateways.metadata import SERVER
 from narsil_stream.schemas.errors import Fault, Refused, invalid
 from narsil_stream.schemas.oip import RepositoryAction
 from narsil_stream.schemas.protobuf import Message, filled
-from narsil_stream.schemas.wire import InferAnswer, InferRequest
+from narsil_stream.schemas.wire import MAX_ID, InferAnswer, InferRequest
 
 OPEN_BYTES = 512 << 20
 """Bytes of infer requests that one gateway process works on at the same time."""

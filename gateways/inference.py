@@ -31,7 +31,7 @@ from narsil_stream.schemas.oip import (
     RepositoryEntry,
     StatisticsReport,
 )
-from narsil_stream.schemas.wire import MAX_TENANT, InferAnswer, InferRequest
+from narsil_stream.schemas.wire import InferAnswer, InferRequest
 
 QUIET_S, TURN_AWAY_S = 0.05, 1.0
 
@@ -114,8 +114,6 @@ class Inference:
         try:
             if self._turning_away:
                 raise Refused(Fault.UNAVAILABLE, "this gateway is stopping", 1_000_000)
-            if len(tenant) > MAX_TENANT:
-                raise invalid(f"the tenant's name has {len(tenant)} characters; expected at most {MAX_TENANT}")
             request = await read()
             if tenant:
                 request = replace(request, tenant=tenant)

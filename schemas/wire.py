@@ -10,9 +10,9 @@ from msgspec import Meta, Raw, Struct, field
 
 Micros = Annotated[int, Meta(ge=0, le=2**53)]
 Priority = Annotated[int, Meta(ge=0, le=255)]
-MAX_TENANT = 128
+MAX_ID, MAX_TENANT = 256, 128
 Tenant = Annotated[str, Meta(max_length=MAX_TENANT)]
-Id = Annotated[str, Meta(max_length=256)]
+Id = Annotated[str, Meta(max_length=MAX_ID)]
 Dim = Annotated[int, Meta(ge=0, le=2**53)]
 Shape = Annotated[tuple[Dim, ...], Meta(max_length=8)]
 

@@ -17,9 +17,9 @@ from narsil_stream.core.bus import Bus
 from narsil_stream.core.config import Config, NatsConfig
 from narsil_stream.core.requester import Requester
 from narsil_stream.schemas import codec
-from narsil_stream.schemas.errors import Fault, Refused, invalid
+from narsil_stream.schemas.errors import Fault, Refused
 from narsil_stream.schemas.internal import ModelCard, ModelRef
-from narsil_stream.schemas.wire import MAX_TENANT, InferAnswer, InferRequest, Tensor
+from narsil_stream.schemas.wire import InferAnswer, InferRequest, Tensor
 
 T = TypeVar("T")
 Scores = NDArray[np.float32]
@@ -85,8 +85,6 @@ class Client:
         self, model: str, request: InferRequest, *, version: str = "", budget_s: float = 1.0, retry: bool = True
     ) -> InferAnswer:
         """A ready-made request. Returns an answer without a fault, or raises `Refused`."""
-        if (length := len(request.tenant)) > MAX_TENANT:  # it would spoil the message that carries others' requests too
-            raise invalid(f"the tenant's name has {length} characters; expected at most {MAX_TENANT}")
         deadline_us = now_us() + int(budget_s * 1e6)
         pause_s = RETRY_FIRST_S
         while True:

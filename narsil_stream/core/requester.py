@@ -22,11 +22,11 @@ from narsil_stream.core.throttle import Flow, Throttle, kind
 from narsil_stream.core.versions import newness
 from narsil_stream.schemas import subjects
 from narsil_stream.schemas.codec import UNDECODABLE
-from narsil_stream.schemas.errors import Fault, Refused
+from narsil_stream.schemas.errors import Fault, Refused, invalid
 from narsil_stream.schemas.internal import Answers, Ask, BatcherBeat, Bundle, Cancel, ModelCard, ModelRef
 from narsil_stream.schemas.model import NAME
 from narsil_stream.schemas.oip import StatisticsReport
-from narsil_stream.schemas.wire import InferAnswer, InferRequest
+from narsil_stream.schemas.wire import MAX_ID, MAX_TENANT, InferAnswer, InferRequest
 
 log = logging.getLogger(__name__)
 
@@ -178,6 +178,7 @@ class Requester:
         """The scores. Raises `Refused` and nothing else; cancelling it withdraws the request."""
         if not NAME.fullmatch(model) or (version and not NAME.fullmatch(version)):
             raise Refused(Fault.NOT_FOUND, f"model {model!r}, version {version!r}: names match {NAME.pattern}")
+        _check_lengths(request)
         budget_us = min(request.budget_us or self._limits.default_budget_us, self._limits.max_budget_us)
         now = now_us()
         flow = self._throttle.flow(kind(model, request.tenant, request.priority, budget_us), now)
@@ -323,3 +324,11 @@ class Requester:
         if card is None:
             raise Refused(Fault.UNAVAILABLE, f"{peer.id} has not described model '{ref.name}' yet", 100_000)
         return card
+
+
+def _check_lengths(request: InferRequest) -> None:
+    """Raises INVALID_ARGUMENT for what was made here and nobody could decode: others' requests are in its message."""
+    if len(request.id) > MAX_ID:
+        raise invalid(f"the request's id has {len(request.id)} characters; expected at most {MAX_ID}")
+    if len(request.tenant) > MAX_TENANT:
+        raise invalid(f"the tenant's name has {len(request.tenant)} characters; expected at most {MAX_TENANT}")

@@ -93,15 +93,27 @@ def test_what_the_server_refuses_is_raised_with_its_reason(shared_system: System
             assert told.value.fault is Fault.NOT_FOUND
 
 
-def test_a_tenants_name_that_is_too_long_is_refused(shared_system: System, rows: Rows) -> None:
-    """As over every other door; one that is not is counted."""
+def test_an_id_or_a_tenants_name_that_is_too_long_is_refused(shared_system: System, rows: Rows) -> None:
+    """Sent, it would spoil the message in which others' requests travel."""
+    one = rows.part(0)
+
+    async def refusal(**too_long: str) -> Refused:
+        async with Client(shared_system.url) as client:
+            with pytest.raises(Refused) as told:
+                await client.infer("ctr", make_request(one.dense, one.ids, **too_long))
+        return told.value
+
+    for most, too_long in ((128, {"tenant": "x" * 129}), (256, {"id": "x" * 257})):
+        told = asyncio.run(refusal(**too_long))
+        assert told.fault is Fault.INVALID_ARGUMENT
+        assert f"expected at most {most}" in told.detail
+
+
+def test_a_tenant_is_counted(shared_system: System, rows: Rows) -> None:
+    """The longest name that there may be, nearly."""
     one = rows.part(0)
     with BlockingClient(shared_system.url) as client:
         assert right(client.score("ctr", dense=one.dense, sparse=one.ids, tenant="ann" * 42), one)
-        with pytest.raises(Refused) as told:
-            client.score("ctr", dense=one.dense, sparse=one.ids, tenant="x" * 129)
-    assert told.value.fault is Fault.INVALID_ARGUMENT
-    assert "128" in told.value.detail
     (batcher,) = shared_system.actors("batcher")
     assert batcher.registry.get_sample_value("narsil_tenant_rows_total", {"tenant": "ann" * 42}) == 1
 
