@@ -1,4 +1,5 @@
-"""The executor: takes whole batches, computes them off the event loop, gives back one message each."""
+"""The executor: takes whole batches, computes them off the event loop unless that takes longer than the computing,
+gives back one message each."""
 
 import asyncio
 import contextlib
@@ -14,6 +15,7 @@ from msgspec import Struct
 from nats.micro.service import EndpointStats
 from prometheus_client import Counter, Histogram
 
+from narsil_stream.actors.brevity import Brevity
 from narsil_stream.actors.controls import Controls
 from narsil_stream.actors.lanes import Lanes, Work
 from narsil_stream.actors.leasing import Ledger
@@ -79,6 +81,7 @@ class Executor(Actor[Message]):
         """The newest of each batcher."""
         self._ledger = Ledger(self.name, 1, config.timing.lease_ms * 1_000)
         self._lanes = Lanes(self.name)
+        self._brevity = Brevity()
         self._unprepared: WeakKeyDictionary[Backend, int] = WeakKeyDictionary()
         """Of each backend, as counted last."""
         self._beat_due_us = 0
@@ -206,7 +209,11 @@ class Executor(Actor[Message]):
             self._turn_away(batch)
             return
         self._shelf.running[key] += 1
-        compute = partial(self._compute, model, batch, now_us() + batch.budget_us, asyncio.get_running_loop())
+        deadline_us = now_us() + batch.budget_us
+        if self._brevity.expected(model.backend, batch.rows) and self._lanes.idle:
+            self._finish(Computed(batch, self._result(model, batch, deadline_us), model))
+            return
+        compute = partial(self._compute, model, batch, deadline_us, asyncio.get_running_loop())
         self._lanes.put(Work(key, model.card.lanes, compute))
 
     def _compute(self, model: Loaded, batch: Batch, deadline_us: int, loop: asyncio.AbstractEventLoop) -> None:
@@ -242,6 +249,7 @@ class Executor(Actor[Message]):
             self._batch_rows.observe(batch.rows)
             self._seconds.observe(result.service_us / 1e6)
             self._stats.processing_time += result.service_us * 1_000
+            self._brevity.observe(computed.model.backend, batch.rows, result.service_us)
         kept = None
         for grant, batcher in self._grants():
             if batcher == batch.batcher and kept is None:

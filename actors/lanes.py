@@ -33,6 +33,10 @@ class Lanes:
             self._waiting.append(work)
             self._start()
 
+    @property
+    def idle(self) -> bool:
+        return not self._running.total()
+
     def widen(self, width: int) -> None:
         """Or narrow: what is under way goes on."""
         with self._lock:
