@@ -204,12 +204,13 @@ def open_loop(
 
 @contextlib.contextmanager
 def echo_run(plan: Plan, load: Load, folder: Path, server: Server) -> Iterator[Callable[[], Figures]]:
-    """The same generator against a bare echo of the same bytes."""
+    """The same generators against a bare echo of the same bytes; over NATS one for each of them, in a queue group."""
     answer = load.answers[0]
     with contextlib.ExitStack() as stack:
-        url = ""
+        url, echoes = "", 1
         if server.way.transport == "nats":
-            url = stack.enter_context(serving.own_broker(folder / "echo")).url
-        port, _ = stack.enter_context(serving.echo(server.way.transport, answer, folder, url))
+            url, echoes = stack.enter_context(serving.own_broker(folder / "echo")).url, plan.generators
+        for _ in range(echoes):
+            port, _ = stack.enter_context(serving.echo(server.way.transport, answer, folder, url))
         same = replace(load, port=port, answers=[answer] * len(load.answers))
         yield lambda: measure("echo", same, plan.generators, wrk.available())
