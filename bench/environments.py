@@ -1,5 +1,6 @@
 """Virtual environments of the peers: their packages first, then those of this one, so that all run the same engine."""
 
+import os
 import subprocess
 import sys
 import sysconfig
@@ -41,7 +42,8 @@ def _see_ours(folder: Path) -> None:
     paths = {"base": str(folder), "platbase": str(folder)}
     site = Path(sysconfig.get_path("purelib", vars=paths))
     root = Path(narsil_stream.__file__).resolve().parent.parent
-    behind = dict.fromkeys([sysconfig.get_path("purelib"), sysconfig.get_path("platlib"), str(root)])
+    ours = filter(None, os.environ.get("PYTHONPATH", "").split(os.pathsep))
+    behind = dict.fromkeys([*ours, sysconfig.get_path("purelib"), sysconfig.get_path("platlib"), str(root)])
     (site / "narsil.pth").write_text("\n".join(behind) + "\n")
 
 

@@ -38,6 +38,10 @@ from narsil_stream.bench.shell import (
 from narsil_stream.core.ports import free_port
 from narsil_stream.kernels.backend import Backend
 
+ENGINES = MappingProxyType(
+    {EAGER: "TorchRec eager", "torch": "TorchRec's layers over FBGEMM's tables, on CUDA in a graph for each size"}
+)
+"""What users of peers have instead of ours."""
 READY_S = 180.0
 """Ray takes its time."""
 TUNED_AT = 100, 64
@@ -111,9 +115,16 @@ def grid(quick: bool) -> list[Settings]:
 
 
 def peers(
-    kinds: tuple[str, ...], names: tuple[str, ...], plan: Plan, data_dir: Path, table_rows: int, quick: bool, say: Say
+    kinds: tuple[str, ...],
+    names: tuple[str, ...],
+    plan: Plan,
+    data_dir: Path,
+    table_rows: int,
+    quick: bool,
+    say: Say,
+    engines: tuple[str, ...] = (EAGER,),
 ) -> Report:
-    """`kinds`: shell and pipeline; `names`: of `PEERS`."""
+    """`kinds`: shell and pipeline; `names`: of `PEERS`; `engines`: of the fastest peer besides ours, in `ENGINES`."""
     gathered = Gathered(plan.file)
     for kind in kinds:
         with workplace(kind, table_rows) as (folder, model, backend):
@@ -122,7 +133,8 @@ def peers(
                 bench = Bench(kind, plan, gathered, say, folder, model, backend, ours, data_dir)
                 fastest = _all(bench, [PEERS[name] for name in names], engine, grid(quick))
                 if kind == "pipeline" and fastest is not None:
-                    _one(bench, fastest, EAGER, grid(quick))
+                    for other in engines:
+                        _one(bench, fastest, other, grid(quick))
     return gathered.report()
 
 
@@ -138,7 +150,7 @@ def _all(bench: Bench, wanted: list[Peer], engine: str, settings: list[Settings]
 
 def _one(bench: Bench, peer: Peer, engine: str, settings: list[Settings]) -> float:
     """Measure one peer; what it reached where it was tuned, 0 when it is absent."""
-    label = f"{peer.name}+{EAGER}" if engine == EAGER else peer.name
+    label = f"{peer.name}+{engine}" if engine in ENGINES else peer.name
     try:
         python = environments.python(bench.data_dir / "peers" / peer.name, peer.packages, bench.say)
         for name, version in environments.versions(python, peer.packages).items():
@@ -146,7 +158,7 @@ def _one(bench: Bench, peer: Peer, engine: str, settings: list[Settings]) -> flo
         best = _tuned(bench, peer, python, engine, settings)
         with _running(bench, peer, python, engine, best) as server:
             speed = _beside(bench, peer, label, server, best)
-        if peer.name == "mosec" and engine != EAGER and 1 in bench.plan.connections:
+        if peer.name == "mosec" and engine not in ENGINES and 1 in bench.plan.connections:
             _unbatched(bench, peer, python, engine)
     except (NotInstalled, Misbehaved) as error:
         if isinstance(error, Misbehaved) and error.server != peer.name:
@@ -206,7 +218,7 @@ def _load(bench: Bench, server: Server, way: Way, rows: int, connections: int) -
 def _beside(bench: Bench, peer: Peer, label: str, server: Server, settings: Settings) -> float:
     """All cases of one peer beside ours."""
     speed = 0.0
-    for rows in bench.plan.rows if not label.endswith(EAGER) else bench.plan.rows[:1]:
+    for rows in bench.plan.rows if label == peer.name else bench.plan.rows[:1]:
         for connections in bench.plan.connections:
             reached = _case(bench, peer, label, server, settings, rows, connections)
             speed = speed or reached
@@ -277,4 +289,4 @@ def _unbatched(bench: Bench, peer: Peer, python: Path, engine: str) -> None:
 
 
 def _label(label: str) -> str:
-    return "engine + shell: TorchRec eager" if label.endswith(EAGER) else "shell + same engine"
+    return f"engine + shell: {ENGINES[label.partition('+')[2]]}" if "+" in label else "shell + same engine"

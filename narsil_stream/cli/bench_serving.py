@@ -20,6 +20,7 @@ _file = click.Path(path_type=Path, dir_okay=False)
 WAYS = ("http", "http-binary", "grpc", "nats")
 PEERS = ("mosec", "litserve", "ray", "triton")
 KINDS = ("shell", "pipeline")
+ENGINES = ("torchrec-eager", "torch")
 
 
 class Words(click.ParamType[tuple[Any, ...]]):
@@ -191,6 +192,13 @@ def pipeline(plan: "Plan", say: Callable[[str], None], *, quick: bool, table_row
     "--kinds", type=Words(KINDS), default=",".join(KINDS), show_default=True, help="Models: none, or the DLRM."
 )
 @click.option(
+    "--engines",
+    type=Words(ENGINES),
+    default=ENGINES[0],
+    show_default=True,
+    help="What the fastest peer runs as well: TorchRec's eager DLRM; FBGEMM's tables, on CUDA in a graph.",
+)
+@click.option(
     "--data-dir", type=click.Path(path_type=Path, file_okay=False), help="Where the peers' environments are kept."
 )
 @measurement(WAYS, rows="100,1")
@@ -202,6 +210,7 @@ def peers(
     table_rows: int,
     names: tuple[str, ...],
     kinds: tuple[str, ...],
+    engines: tuple[str, ...],
     data_dir: Path | None,
 ) -> "Report":
     """The same beside mosec, LitServe, Ray Serve and Triton, which are installed into environments of their own.
@@ -213,7 +222,7 @@ def peers(
     from narsil_stream.bench.peers import peers as bench
 
     folder = data_dir or Path(os.environ.get("NARSIL_DATA_DIR") or default_data_dir(os.environ))
-    return bench(kinds, names, plan, folder / "bench", table_rows, quick, say)
+    return bench(kinds, names, plan, folder / "bench", table_rows, quick, say, engines)
 
 
 @click.command()
