@@ -13,7 +13,6 @@ import msgspec
 import numpy as np
 from msgspec import Struct
 from nats.micro.service import EndpointStats
-from prometheus_client import Counter, Histogram
 
 from narsil_stream.actors.brevity import Brevity
 from narsil_stream.actors.controls import Controls
@@ -26,7 +25,7 @@ from narsil_stream.actors.shelf import Shelf
 from narsil_stream.core.actor import Actor, now_us
 from narsil_stream.core.bus import Bus
 from narsil_stream.core.config import Config
-from narsil_stream.core.telemetry import ROWS, SECONDS, gauges
+from narsil_stream.core.telemetry import ROWS, SECONDS, Count, Spread, gauges
 from narsil_stream.kernels.backend import Backend, RaggedBatch
 from narsil_stream.schemas import subjects
 from narsil_stream.schemas.errors import Fault, Refused
@@ -89,16 +88,14 @@ class Executor(Actor[Message]):
         self._idle = asyncio.Event()
         self._stats = EndpointStats("run", subjects.executor(self.name), "", 0, 0, 0, 0)
         registry = self.registry
-        self._batches = Counter("narsil_batches", "Batches by how they ended", ["outcome"], registry=registry)
-        self._rows = Counter("narsil_rows", "Rows computed", registry=registry)
-        self._batch_rows = Histogram("narsil_batch_rows", "Rows in a batch", buckets=ROWS, registry=registry)
-        self._seconds = Histogram(
-            "narsil_compute_seconds", "One forward pass, copies included", buckets=SECONDS, registry=registry
-        )
-        self._without_graph = Counter(
+        self._batches = Count("narsil_batches", "Batches by how they ended", registry, "outcome")
+        self._rows = Count("narsil_rows", "Rows computed", registry)
+        self._batch_rows = Spread("narsil_batch_rows", "Rows in a batch", ROWS, registry)
+        self._seconds = Spread("narsil_compute_seconds", "One forward pass, copies included", SECONDS, registry)
+        self._without_graph = Count(
             "narsil_batches_without_graph",
             "Batches, or pieces of them, that needed what was not prepared at warm-up",
-            registry=registry,
+            registry,
         )
         gauges(
             registry,
@@ -240,7 +237,7 @@ class Executor(Actor[Message]):
         batch, result = computed.batch, computed.result
         self._ledger.finish(batch.slot)
         self._shelf.running[ModelKey(batch.model, batch.version, batch.digest)] -= 1
-        self._batches.labels("failed" if result.fault else "computed").inc()
+        self._batches.inc(of="failed" if result.fault else "computed")
         self._count_unprepared(computed.model.backend)
         if result.fault:
             self._stats.num_errors += 1
@@ -264,7 +261,7 @@ class Executor(Actor[Message]):
         self._unprepared[backend] = found
 
     def _turn_away(self, batch: Batch) -> None:
-        self._batches.labels("turned away").inc()
+        self._batches.inc(of="turned away")
         self._tell(batch.batcher, Result(batch.batch, self.name, NOTHING, 0))
 
     # Messages out
