@@ -1,4 +1,4 @@
-"""How long gateways took to refuse, by their own metrics: without the caller's part, which shares the processors here."""
+"""How long gateways took to refuse, by their own metrics: without the callers, who share the processors here."""
 
 import math
 import time
