@@ -76,6 +76,8 @@ class Flight:
     rows: int
     sent_us: int
     predicted_us: int
+    ahead_us: int
+    """Until what was sent there before was predicted to be computed."""
     overdue_us: int
     late: bool = False
     """It was overdue: the batch or its result may be lost."""

@@ -188,7 +188,9 @@ class Scheduler:
         landed_us, executor.landed_us = executor.landed_us, now_us
         group = flight.group
         if not flight.late:
-            self.forecast.times.landed(group.model, now_us - flight.sent_us)
+            # Our own batches before it are counted as such; where others send or wait, theirs were before it as well.
+            known_us = 0 if executor.rival_slots or executor.rival_rows else flight.ahead_us
+            self.forecast.times.landed(group.model, now_us - flight.sent_us - known_us)
         size = result.scores.nbytes
         if size == flight.rows * FLOAT_BYTES:
             self.forecast.learn(flight, result.service_us, landed_us <= flight.sent_us, now_us)
@@ -348,12 +350,13 @@ class Scheduler:
         self._batches += 1
         group.sends += 1
         predicted_us = self.forecast.times.predict(group.model, sum(ticket.work for ticket in tickets))
-        patience_us = int(rules.failover_factor * (executor.remaining_us(now_us) + predicted_us))
+        ahead_us = executor.remaining_us(now_us)
+        patience_us = int(rules.failover_factor * (ahead_us + predicted_us))
         patience_us = max(patience_us, rules.failover_floor_us, 0 if predicted_us else rules.lease_us)
         patience_us += executor.rival_slots * self.forecast.times.longest(group.model)
         slot = executor.spend()
         executor.flights[self._batches] = Flight(
-            self._batches, group, slot, tickets, rows, now_us, predicted_us, now_us + patience_us
+            self._batches, group, slot, tickets, rows, now_us, predicted_us, ahead_us, now_us + patience_us
         )
         return Dispatch(
             batch=self._batches,
