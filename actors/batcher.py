@@ -75,7 +75,8 @@ class Batcher(Actor[Message]):
         super().__init__(MAILBOX)
         self._config = config
         self._bus = bus
-        self.policy = Scheduler(self.name, rules(config, bus.max_payload - BATCH_HEADER))
+        near = lambda executor: bus.is_local(subjects.executor(executor))  # noqa: E731
+        self.policy = Scheduler(self.name, rules(config, bus.max_payload - BATCH_HEADER), near)
         self._catalogue = Catalogue(bus, self.mailbox.put_urgent)
         self._metrics = BatcherMetrics(self.registry, self.policy, self.mailbox)
         self._reception = Reception(config.batch, self._catalogue, self.policy, self._metrics)

@@ -197,7 +197,7 @@ class ServiceTimes:
         return curve is not None and curve.sure(now_us)
 
     def landed(self, model: ModelKey, flight_us: int) -> None:
-        """A batch came back so long after it was sent, or after our own batches before it, where nobody else has any."""
+        """A batch came back so long after it was sent, or after our own before it, where nobody else has any."""
         mean_us = self._flights.get(model, float(flight_us))
         self._flights[model] = mean_us + WEIGHT * (flight_us - mean_us)
 
