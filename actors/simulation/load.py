@@ -1,7 +1,8 @@
 """One batcher and its executors under an open-loop load, without faults: for figures of how well a policy does.
 
 A device computes one batch at a time, or one in each of its lanes, and takes a known time for it: simulated, not
-measured. Arrivals are Poisson, sizes heavy-tailed, budgets mixed. Ours is the real `Scheduler` behind a bus; rivals (`rivals`) sit on the device.
+measured. Arrivals are Poisson, sizes heavy-tailed, budgets mixed. Ours is the real `Scheduler` behind a bus; rivals
+(`rivals`) sit on the device.
 """
 
 import random

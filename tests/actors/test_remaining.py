@@ -19,7 +19,7 @@ SENDINGS = st.lists(st.tuples(PAUSE_US, PASS_US), max_size=25)
 
 
 class Device:
-    """Batches as they would really go: each begins when a lane is free, in order. Nothing is on its way for any time."""
+    """Batches as they would really go: each begins when a lane is free, in order. Ways take no time."""
 
     def __init__(self, lanes: int) -> None:
         self.known = Executor("e", 0, lanes=lanes)
