@@ -136,7 +136,7 @@ def test_a_batcher_that_does_not_answer_is_left_out(nats_server: NatsServer, cri
         rows = some_rows(criteo_model, 1)
         for future in [door.ask("ctr", request(rows)) for _ in range(64)]:
             assert not future.result(20).fault
-        (share,) = msgspec.json.decode(other._counts.report(), type=StatisticsReport).model_stats
+        (share,) = msgspec.json.decode(other._endings.counts.report(), type=StatisticsReport).model_stats
         assert 0 < share.inference_count < 64
         assert counted(door) == share
 
