@@ -1,6 +1,7 @@
 """The batcher: takes requests in, lets the policy decide, sends batches to executors and answers to the callers.
 
-Everything that decides is in `scheduling`; here are the clock, the messages and the joining and splitting of rows.
+Everything that decides is in `scheduling`; here are the clock, the messages and the joining of rows. How requests end
+is in `endings`.
 """
 
 import asyncio
@@ -11,22 +12,19 @@ from collections.abc import Iterable
 from operator import attrgetter
 
 import msgspec
-import numpy as np
 from msgspec import Struct
 from nats.aio.msg import Msg
 from nats.micro.service import EndpointStats
 
-from narsil_stream.actors.answering import Answering, Caller
+from narsil_stream.actors.answering import Caller
 from narsil_stream.actors.batcher_metrics import BatcherMetrics
 from narsil_stream.actors.catalogue import Catalogue, Described
 from narsil_stream.actors.decisions import Decision, Dispatch, Drop, Plead, rules
-from narsil_stream.actors.flights import Flight
+from narsil_stream.actors.endings import Endings
 from narsil_stream.actors.joining import join
-from narsil_stream.actors.queue import State, Ticket
 from narsil_stream.actors.reception import Published, Reception
 from narsil_stream.actors.scheduling import FLOAT_BYTES, Scheduler
-from narsil_stream.actors.statistics import Statistics
-from narsil_stream.core.actor import Actor, now_us, unix_us
+from narsil_stream.core.actor import Actor, now_us
 from narsil_stream.core.bus import Bus
 from narsil_stream.core.config import Config
 from narsil_stream.schemas import subjects
@@ -42,7 +40,7 @@ from narsil_stream.schemas.internal import (
     Result,
     ToBatcher,
 )
-from narsil_stream.schemas.wire import InferAnswer, InferRequest, Tensor
+from narsil_stream.schemas.wire import InferRequest
 
 log = logging.getLogger(__name__)
 
@@ -75,20 +73,18 @@ class Batcher(Actor[Message]):
         super().__init__(MAILBOX)
         self._config = config
         self._bus = bus
-        self.policy = Scheduler(self.name, rules(config, bus.max_payload - BATCH_HEADER))
+        near = lambda executor: bus.is_local(subjects.executor(executor))  # noqa: E731
+        self.policy = Scheduler(self.name, rules(config, bus.max_payload - BATCH_HEADER), near)
         self._catalogue = Catalogue(bus, self.mailbox.put_urgent)
         self._metrics = BatcherMetrics(self.registry, self.policy, self.mailbox)
         self._reception = Reception(config.batch, self._catalogue, self.policy, self._metrics)
-        self._counts = Statistics()
-        self._open: dict[tuple[str, int], Ticket] = {}
-        self._answering = Answering(bus, self.name)
+        self._endings = Endings(bus, self.name, self._metrics)
         self._beat_due_us = 0
         self._phase = "up"
         self._idle = asyncio.Event()
         self._served = asyncio.Event()
         self._joining: asyncio.Task[None] | None = None
         self._joined = False
-        self._stats = EndpointStats("infer", f"{subjects.INFER}.>", subjects.QUEUE_GROUP, 0, 0, 0, 0)
 
     # Life
 
@@ -98,7 +94,7 @@ class Batcher(Actor[Message]):
         await self._bus.listen(subjects.EXECUTOR_BEAT, self.mailbox.put_urgent, _decode_beat, owner=self)
         await self._bus.subscribe(subjects.HELLO, lambda _: self.mailbox.put_urgent(Hello()), owner=self)
         await self._bus.respond(subjects.describe(self.name), self._catalogue.described, owner=self)
-        await self._bus.respond(subjects.statistics(self.name), self._counts.report, owner=self)
+        await self._bus.respond(subjects.statistics(self.name), self._endings.counts.report, owner=self)
         await self._bus.flush()
         self._bus.signal(subjects.HELLO)
         self._bus.on_lost.append(self._on_lost)
@@ -144,7 +140,7 @@ class Batcher(Actor[Message]):
         for message in self.mailbox.leftovers():
             if isinstance(message, Published):
                 self._admit_published(message)
-        self._answering.send()
+        self._endings.send()
         self._beat(now_us())
         self._catalogue.stop()
         if self._on_lost in self._bus.on_lost:
@@ -166,7 +162,7 @@ class Batcher(Actor[Message]):
         self.mailbox.put_urgent(Hello())
 
     def endpoints(self) -> list[EndpointStats]:
-        return [self._stats]
+        return [self._endings.stats]
 
     def detail(self) -> str:
         executors = len(self.policy.executors)
@@ -193,8 +189,8 @@ class Batcher(Actor[Message]):
 
     def _refuse_unseen(self, caller: Caller) -> None:
         self._metrics.requests.offered.inc()
-        self._refuse(caller, Refused(Fault.OVERLOADED, "too many messages at once", 10_000))
-        self._answering.send()
+        self._endings.turned_down(caller, Refused(Fault.OVERLOADED, "too many messages at once", 10_000))
+        self._endings.send()
 
     def receive(self, message: Message) -> None:
         match message:
@@ -228,7 +224,7 @@ class Batcher(Actor[Message]):
         self._tell_steps()
         self._catalogue.keep(self.policy.executors)
         self._forget_withdrawn()
-        self._answering.send()
+        self._endings.send()
         if now >= self._beat_due_us:
             self._beat(now)
         if self.policy.idle():
@@ -254,22 +250,18 @@ class Batcher(Actor[Message]):
         self._bus.signal(subjects.HELLO)
 
     def _forget_askers(self) -> None:
-        for (reply, slot), ticket in list(self._open.items()):
-            if not self._bus.is_local(reply):
-                del self._open[reply, slot]
-                self.policy.cancel(ticket)
-                self._counts.failed(ticket.model, now_us() - ticket.arrived_us)
-                self._metrics.requests.ended_badly(Fault.UNAVAILABLE.name)
+        for ticket in self._endings.forsaken(self._bus.is_local):
+            self.policy.cancel(ticket)
 
     # Admission
 
     def _admit_bundle(self, bundle: Bundle) -> None:
-        self._offered(len(bundle.asks))
+        self._endings.offered(len(bundle.asks))
         for slot, model, version, request in map(_parts, bundle.asks):
             self._admit(Caller(bundle.reply, slot, request.id), model, version, request, 0)
 
     def _admit_published(self, message: Published) -> None:
-        self._offered(1)
+        self._endings.offered(1)
         model, version = message.target()
         try:
             request = message.read()
@@ -279,10 +271,6 @@ class Batcher(Actor[Message]):
             self._unreadable(message.caller(), model, version)
         else:
             self._admit(message.caller(request.id), model, version, request, len(message.payload))
-
-    def _offered(self, count: int) -> None:
-        self._metrics.requests.offered.inc(count)
-        self._stats.num_requests += count
 
     def _admit(self, caller: Caller, model: str, version: str, request: InferRequest, held: int) -> None:
         """`held`: bytes of the message that views of its tensors keep in memory."""
@@ -300,36 +288,22 @@ class Batcher(Actor[Message]):
         except Exception:
             self._unreadable(caller, model, version)
         else:
-            if caller.slot >= 0:
-                self._open[caller.reply, caller.slot] = ticket
+            self._endings.admitted(ticket)
 
     def _unreadable(self, caller: Caller, model: str, version: str) -> None:
         log.exception("a request could not be read")
         self._turn_down(caller, model, version, Refused(Fault.INTERNAL, "the request could not be read"))
 
     def _turn_down(self, caller: Caller, model: str, version: str, refused: Refused) -> None:
-        self._count_refused(model, version)
-        self._refuse(caller, refused)
-
-    def _count_refused(self, model: str, version: str) -> None:
-        """Against the model that was meant, if there is such a one."""
+        key = None
         with contextlib.suppress(Refused):
             key, _ = self._catalogue.find(model, version, self.policy.executors.values())
-            self._counts.failed(key)
-
-    def _refuse(self, caller: Caller, refused: Refused) -> None:
-        if refused.fault is Fault.DEADLINE_EXCEEDED:
-            self._metrics.requests.ended_badly(refused.fault.name)
-        else:
-            self._metrics.requests.refused(refused.fault.name)
-        self._answer_error(caller, refused.fault, refused.detail, refused.retry_after_us)
+        self._endings.turned_down(caller, refused, key)
 
     def _cancel(self, reply: str, slot: int) -> None:
-        ticket = self._open.pop((reply, slot), None)
-        if ticket is not None and ticket.state is not State.DONE:
+        ticket = self._endings.withdrawn(reply, slot)
+        if ticket is not None:
             self.policy.cancel(ticket)
-            self._counts.failed(ticket.model, now_us() - ticket.arrived_us)
-            self._metrics.requests.ended_badly(Fault.CANCELLED.name)
 
     # Decisions
 
@@ -339,10 +313,7 @@ class Batcher(Actor[Message]):
                 case Dispatch():
                     self._dispatch(decision)
                 case Drop():
-                    self._metrics.requests.ended_badly(decision.fault.name)
-                    self._counts.failed(decision.ticket.model, now_us() - decision.ticket.arrived_us)
-                    caller = self._close(decision.ticket)
-                    self._answer_error(caller, decision.fault, decision.detail, decision.retry_after_us)
+                    self._endings.dropped(decision)
                 case Plead():
                     with contextlib.suppress(Refused):  # asked again soon
                         self._bus.send(subjects.executor(decision.executor), decision.demand)
@@ -367,67 +338,18 @@ class Batcher(Actor[Message]):
         batch, unsound = join(self.name, decision, self._catalogue.admission(decision.model))
         for ticket, refused in unsound:
             self.policy.cancel(ticket)
-            self._counts.failed(ticket.model, now_us() - ticket.arrived_us)
-            self._refuse(self._close(ticket), refused)
+            self._endings.unsound(ticket, refused)
         flight = self.policy.executors.flight(decision.executor, decision.batch)
         if flight is not None:
             flight.joined_ns = time.perf_counter_ns() - started
         return batch
-
-    # Answers
 
     def _take_result(self, result: Result) -> None:
         flight = self.policy.executors.flight(result.executor, result.batch)
         tickets, decisions = self.policy.result(result, now_us())
         self._act(decisions)
         if flight is not None and result.scores.nbytes == FLOAT_BYTES * flight.rows:
-            self._score(flight, tickets, result)
-
-    def _score(self, flight: Flight, tickets: list[Ticket], result: Result) -> None:
-        """`tickets` in the order of the batch's rows; those that ended meanwhile are passed over."""
-        started = time.perf_counter_ns()
-        scores, (model, version, _) = result.scores, flight.group.model
-        finite = np.isfinite(np.frombuffer(scores, np.float32))
-        sound = bool(finite.all())
-        now, answered = now_us(), []
-        counted, answer = self._metrics.requests.answered, self._answering.answer
-        end = 0
-        for ticket in tickets:
-            start, end = end, end + ticket.rows
-            if ticket.state is State.DONE:
-                continue
-            ticket.state = State.DONE
-            caller = self._close(ticket)
-            took_us = now - ticket.arrived_us
-            if not (sound or finite[start:end].all()):
-                self._fail(ticket, caller, took_us, "the model gave a score that is not a number")
-                continue
-            counted(ticket.rows, took_us / 1e6)
-            output = Tensor("scores", "FP32", (ticket.rows,), scores[FLOAT_BYTES * start : FLOAT_BYTES * end])
-            answer(caller, InferAnswer(caller.id, (output,), model, version))
-            answered.append(ticket)
-        self._stats.processing_time += 1_000 * sum(now - ticket.arrived_us for ticket in answered)
-        split_ns = time.perf_counter_ns() - started
-        self._counts.computed(flight, answered, result.service_us, split_ns, now, unix_us() // 1_000)
-
-    def _fail(self, ticket: Ticket, caller: Caller, took_us: int, detail: str) -> None:
-        """One request of a batch alone: its neighbours have their scores."""
-        log.warning("a request of %d rows to %s failed: %s", ticket.rows, ticket.model.name, detail)
-        self._metrics.requests.ended_badly(Fault.INTERNAL.name)
-        self._counts.failed(ticket.model, took_us)
-        self._answer_error(caller, Fault.INTERNAL, detail, 0)
-
-    def _close(self, ticket: Ticket) -> Caller:
-        caller: Caller = ticket.payload.caller
-        self._open.pop((caller.reply, caller.slot), None)
-        return caller
-
-    def _answer_error(self, caller: Caller, fault: Fault, detail: str, retry_after_us: int) -> None:
-        self._stats.num_errors += 1
-        self._stats.last_error = f"{fault.http}: {detail}"
-        self._answering.answer(
-            caller, InferAnswer(caller.id, fault=fault.name, detail=detail, retry_after_us=retry_after_us)
-        )
+            self._endings.scored(flight, tickets, result)
 
     # Liveness
 

@@ -304,6 +304,7 @@ class Executor(Actor[Message]):
                 self._shelf.retiring_refs(),
                 tuple(sorted(self._shelf.unloaded)),
                 self._ledger.waiting(),
+                self._width(),
             ),
         )
 

@@ -2,6 +2,7 @@
 
 from collections.abc import Iterable
 from dataclasses import dataclass, field
+from heapq import heapify, heapreplace
 from operator import attrgetter
 
 from narsil_stream.actors.queue import ModelKey, State, Ticket
@@ -76,11 +77,15 @@ class Flight:
     rows: int
     sent_us: int
     predicted_us: int
+    ahead_us: int
+    """Until it was predicted to begin, behind what was sent there before."""
     overdue_us: int
     late: bool = False
     """It was overdue: the batch or its result may be lost."""
     missed: int = 0
     """Heartbeats of its executor in which its slot was not busy."""
+    begun_us: int | None = None
+    """When a lane was free for it, as far as batches of this batcher go; None: it waits for one."""
     joined_ns: int = 0
     """How long the joining of its rows took; for statistics."""
 
@@ -95,7 +100,11 @@ class Executor:
     """Models that new requests are admitted for."""
     models: frozenset[ModelKey] = frozenset()
     """Those, and the ones on their way out, which still compute what was admitted before."""
+    near: bool = False
+    """In this process: no hop over the broker lies between."""
     slots: int = 0
+    lanes: int = 1
+    """Batches that it computes at once."""
     up: bool = True
     free: dict[int, int] = field(default_factory=dict)
     """Slots in hand: index -> generation."""
@@ -107,8 +116,6 @@ class Executor:
     demanded_us: int = -DEMAND_EVERY_US
     told_rows: int = 0
     """Rows that wait here, as it was told last."""
-    landed_us: int = 0
-    """When the last result came."""
     rival_rows: int = 0
     """Rows that wait for it at other batchers."""
     rival_slots: int = 0
@@ -123,6 +130,7 @@ class Executor:
         self.offers = keys(beat.models)
         self.models = self.offers | keys(beat.retiring)
         self.slots = beat.slots
+        self.lanes = beat.lanes or max(1, beat.slots - 1)
         self.up = beat.state == "up"
         self.rival_rows = sum(other.rows for other in beat.waiting if other.batcher != batcher)
         self.rival_slots = sum(lease.batcher != batcher for lease in beat.leases)
@@ -164,14 +172,43 @@ class Executor:
         del self.spent[flight.slot.index]
         self.offer_slot(flight.slot)
 
-    def remaining_us(self, now_us: int) -> int:
-        """Predicted time until all that was sent there is computed, one batch after the other."""
-        first, needs_us = None, 0
+    def begin(self, now_us: int) -> None:
+        """A batch was sent or came back: lanes take batches in the order in which they were sent."""
+        lanes = self.lanes
         for flight in self.flights.values():
             if not flight.late:
-                first = first or flight
-                needs_us += flight.predicted_us
-        return 0 if first is None else max(0, needs_us - (now_us - max(first.sent_us, self.landed_us)))
+                if not lanes:
+                    return
+                lanes -= 1
+                if flight.begun_us is None:
+                    flight.begun_us = now_us
+
+    def remaining_us(self, now_us: int) -> int:
+        """Predicted time until a batch that is sent there now begins: until one of its lanes is free."""
+        left_us = self._left_us(now_us)
+        if len(left_us) < self.lanes:
+            return 0
+        busy, waiting = left_us[: self.lanes], left_us[self.lanes :]
+        heapify(busy)
+        for us in waiting:
+            heapreplace(busy, busy[0] + us)
+        return busy[0]
+
+    def busy_us(self, now_us: int) -> int:
+        """Predicted time of a lane that all takes which was sent there."""
+        return sum(self._left_us(now_us))
+
+    def idle(self) -> bool:
+        """Whether a batch that is sent there now begins at once."""
+        return len(self.flights) < self.lanes
+
+    def _left_us(self, now_us: int) -> list[int]:
+        """Of each batch under way, in the order in which they were sent. The first ones have a lane each."""
+        return [
+            flight.predicted_us if flight.begun_us is None else max(0, flight.begun_us + flight.predicted_us - now_us)
+            for flight in self.flights.values()
+            if not flight.late
+        ]
 
     def full(self) -> bool:
         """Whether all its slots are in use by this batcher."""

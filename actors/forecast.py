@@ -66,8 +66,8 @@ class Forecast:
     def late_by(self, ticket: Ticket, now_us: int) -> int:
         """By how much the predicted answer misses the ticket's deadline; counts only what would be served before it.
 
-        Never late is who finds an executor with nothing to do: or one slow pass, once measured, would have every
-        request refused for good.
+        Never late is who finds a lane with nothing to do: or one slow pass, once measured, would have every request
+        refused for good.
         """
         serving = self._executors.serving(ticket.model)
         waiting = any(queue.count for queue in self._queues.values())
@@ -81,22 +81,22 @@ class Forecast:
         late_us = int(MARGIN * self._wait_us(serving, busy_us)) - room_us
         if late_us <= 0 and (queue is None or not queue.shared()):
             return late_us
-        if not waiting and any(executor.free and not executor.flights for executor in serving):
+        if not waiting and any(executor.free and executor.idle() for executor in serving):
             return 0
         wait_us = self._wait_us(serving, busy_us, ticket)
         aged_us = self._aged_wait_us(serving, ticket)
         late_us = int(MARGIN * (wait_us if aged_us is None else min(wait_us, aged_us))) - room_us
         if late_us > 0 or queue is None or queue.shared():
             return late_us
-        return max(late_us, self._pushes_out(ticket, queue, wait_us, room_us, len(serving)))
+        return max(late_us, self._pushes_out(ticket, queue, wait_us, room_us, _lanes(serving)))
 
-    def _pushes_out(self, ticket: Ticket, queue: Queue, wait_us: int, room_us: int, executors: int) -> int:
+    def _pushes_out(self, ticket: Ticket, queue: Queue, wait_us: int, room_us: int, lanes: int) -> int:
         """By how much one that was admitted before, and is served after it, would miss its deadline. Known only where
         deadlines alone decide: one class of one tenant.
 
         `wait_us`: of `ticket`; `room_us`: what it has for that.
         """
-        per_work = max(self.times.us_per_row(ticket.model) / max(1, executors), self._paced(ticket.model, queue))
+        per_work = max(self.times.us_per_row(ticket.model) / lanes, self._paced(ticket.model, queue))
         return max(
             (
                 int(MARGIN * (wait_us + (ticket.work + between) * per_work)) - room_us - later_us
@@ -111,11 +111,11 @@ class Forecast:
         return self._wait_us(serving, self._busy_us(serving, now_us))
 
     def _busy_us(self, serving: list[Executor], now_us: int) -> int:
-        """What is under way there, in time of one executor."""
-        return sum([executor.remaining_us(now_us) for executor in serving])
+        """What is under way there, in time of one lane."""
+        return sum([executor.busy_us(now_us) for executor in serving])
 
     def _wait_us(self, serving: list[Executor], busy_us: int, ticket: Ticket | None = None) -> int:
-        """Predicted time until `ticket`, or one behind all others, starts: what is before it, shared out."""
+        """Predicted time until `ticket`, or one behind all others, starts: what is before it, shared out to lanes."""
         ahead_us, paced_us = float(busy_us), 0.0
         own = before = 0
         for model, queue in self._queues.items():
@@ -127,7 +127,7 @@ class Forecast:
         if rival_rows := max([executor.rival_rows for executor in serving], default=0):
             # Executors go by deadlines, whichever batcher asks: of the rivals' rows, as large a part is served before.
             ahead_us += rival_rows * (before / own if own else 1.0) * self._us_per_row(serving)
-        return int(max(paced_us, ahead_us / max(1, len(serving))))
+        return int(max(paced_us, ahead_us / _lanes(serving)))
 
     def _paced(self, model: ModelKey, queue: Queue) -> float:
         """µs for each row of work at which the queue moves; 0 while it is not known."""
@@ -145,6 +145,11 @@ class Forecast:
         queue = self._queues.get(ticket.model)
         if not share or queue is None or not queue.lines or min(queue.lines) >= ticket.priority:
             return None
-        us_per_row = max(self.times.us_per_row(ticket.model) / max(1, len(serving)), self._paced(ticket.model, queue))
+        us_per_row = max(self.times.us_per_row(ticket.model) / _lanes(serving), self._paced(ticket.model, queue))
         half_us = (ticket.deadline_us - ticket.arrived_us) // 2
         return half_us + int((queue.work_aged_ahead(ticket) + ticket.work) / share * us_per_row)
+
+
+def _lanes(executors: list[Executor]) -> int:
+    """Batches that they compute at once; 1 where there is none."""
+    return max(1, sum([executor.lanes for executor in executors]))

@@ -15,7 +15,7 @@ LOOK_EVERY_US = 200
 
 def staged(executor: Executor) -> bool:
     """Whether it computes all that it can at once: one batch more would only wait there."""
-    return len(executor.flights) >= max(1, executor.slots - 1)
+    return not executor.idle()
 
 
 def staged_us(executor: Executor, lead_us: int, now_us: int) -> int:
@@ -39,8 +39,8 @@ def spared_us(idle: Executor, serving: Iterable[Executor], pass_us: int, due_us:
 
 
 def in_order(executors: Iterable[Executor], consolidate: bool) -> list[Executor]:
-    """The one with the least under way first; with consolidation by name where that is equal, so that the last ones are
-    idle for longest."""
+    """Those with a free lane first, of them those with the least under way, of them our own process's. With
+    consolidation by name where that is equal, so that the last ones are idle for longest."""
     if consolidate:
-        return sorted(executors, key=lambda executor: (len(executor.flights), executor.id))
-    return sorted(executors, key=lambda executor: len(executor.flights))
+        return sorted(executors, key=lambda one: (not one.idle(), len(one.flights), one.id))
+    return sorted(executors, key=lambda one: (not one.idle(), len(one.flights), not one.near))

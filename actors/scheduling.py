@@ -9,7 +9,7 @@ A batch whose executor is lost or silent is sent once more, to another one. A ba
 culprit.
 """
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 
 from narsil_stream.actors.adaptive import Controller
 from narsil_stream.actors.ageing import Ageing
@@ -33,10 +33,11 @@ LATE = Fault.DEADLINE_EXCEEDED
 
 
 class Scheduler:
-    """See the module. `name` is the batcher's, for the messages."""
+    """See the module. `name` is the batcher's, for the messages; `near`: whether an executor is in this process."""
 
-    def __init__(self, name: str, rules: Rules) -> None:
+    def __init__(self, name: str, rules: Rules, near: Callable[[str], bool] = lambda _: False) -> None:
         self.name = name
+        self._near = near
         self._rules = rules
         self.executors = Fleet()
         self.queues: dict[ModelKey, Queue] = {}
@@ -160,7 +161,7 @@ class Scheduler:
             self.executors.expected.pop(beat.executor, None)
             return [] if executor is None else self._lose(executor)
         if executor is None:
-            executor = Executor(beat.executor, now_us, told_rows=self._told_rows)
+            executor = Executor(beat.executor, now_us, near=self._near(beat.executor), told_rows=self._told_rows)
             self.executors.add(executor)
         decisions: list[Decision] = []
         for flight in executor.hear(beat, self.name, now_us):
@@ -185,13 +186,15 @@ class Scheduler:
         flight = executor.flights.pop(result.batch, None)
         if flight is None:
             return [], []
-        landed_us, executor.landed_us = executor.landed_us, now_us
+        executor.begin(now_us)
         group = flight.group
         if not flight.late:
-            self.forecast.times.landed(group.model, now_us - flight.sent_us)
+            # Our own batches before it are counted as such; where others send or wait, theirs were before it as well.
+            known_us = 0 if executor.rival_slots or executor.rival_rows else flight.ahead_us
+            self.forecast.times.landed(group.model, now_us - flight.sent_us - known_us)
         size = result.scores.nbytes
         if size == flight.rows * FLOAT_BYTES:
-            self.forecast.learn(flight, result.service_us, landed_us <= flight.sent_us, now_us)
+            self.forecast.learn(flight, result.service_us, flight.begun_us == flight.sent_us, now_us)
             tickets = [] if group.done else flight.tickets
             group.done = True
             return tickets, []
@@ -348,13 +351,15 @@ class Scheduler:
         self._batches += 1
         group.sends += 1
         predicted_us = self.forecast.times.predict(group.model, sum(ticket.work for ticket in tickets))
-        patience_us = int(rules.failover_factor * (executor.remaining_us(now_us) + predicted_us))
+        ahead_us = executor.remaining_us(now_us)
+        patience_us = int(rules.failover_factor * (ahead_us + predicted_us))
         patience_us = max(patience_us, rules.failover_floor_us, 0 if predicted_us else rules.lease_us)
         patience_us += executor.rival_slots * self.forecast.times.longest(group.model)
         slot = executor.spend()
         executor.flights[self._batches] = Flight(
-            self._batches, group, slot, tickets, rows, now_us, predicted_us, now_us + patience_us
+            self._batches, group, slot, tickets, rows, now_us, predicted_us, ahead_us, now_us + patience_us
         )
+        executor.begin(now_us)
         return Dispatch(
             batch=self._batches,
             executor=executor.id,

@@ -197,12 +197,12 @@ class ServiceTimes:
         return curve is not None and curve.sure(now_us)
 
     def landed(self, model: ModelKey, flight_us: int) -> None:
-        """A batch came back so long after it was sent; the wait in front of the device is in that."""
+        """A batch came back so long after it was sent, or after our own before it, where nobody else has any."""
         mean_us = self._flights.get(model, float(flight_us))
         self._flights[model] = mean_us + WEIGHT * (flight_us - mean_us)
 
     def flight(self, model: ModelKey) -> int:
-        """Microseconds from sending a batch to its result, as batches are now; 0 while unknown."""
+        """Microseconds until a batch's result, as batches are now (see `landed`); 0 while unknown."""
         return int(self._flights.get(model, 0.0))
 
     def longest(self, model: ModelKey) -> int:

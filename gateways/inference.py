@@ -17,7 +17,7 @@ from narsil_stream.core.config import Config
 from narsil_stream.core.repository import Repository, Verb
 from narsil_stream.core.requester import Requester
 from narsil_stream.core.statistics import merged
-from narsil_stream.core.telemetry import RequestMetrics, gauges
+from narsil_stream.core.telemetry import RequestMetrics, Spread, gauges
 from narsil_stream.gateways.metadata import model_config, model_metadata
 from narsil_stream.gateways.shaping import ask_all, converted, cut, fits
 from narsil_stream.schemas.errors import Fault, Refused, invalid
@@ -34,6 +34,9 @@ from narsil_stream.schemas.oip import (
 from narsil_stream.schemas.wire import InferAnswer, InferRequest
 
 QUIET_S, TURN_AWAY_S = 0.05, 1.0
+
+REFUSAL_S = tuple(ms / 1e3 for ms in (0.1, 0.2, 0.5, 1, 2, 3, 4, 5, 6, 8, 10, 15, 20, 30, 50, 100, 200, 500, 1_000))
+"""Bounds of a histogram that is fine around the 5 ms within which a refusal should come."""
 
 TENANT = "narsil-tenant"
 """The header, or key of metadata, that names the tenant where no token does."""
@@ -53,6 +56,7 @@ class Inference:
         self._requester = Requester(config, bus)
         self._repository = Repository(config, bus)
         self._metrics = RequestMetrics(registry)
+        self._refusals = Spread("narsil_refusal_seconds", "From arrival to OVERLOADED", REFUSAL_S, registry)
         self._asked = 0
         self._turning_away = False
         self.closing = False
@@ -128,6 +132,8 @@ class Inference:
             raise
         if answer.fault:
             self._metrics.by_fault(answer.fault)
+            if answer.fault == Fault.OVERLOADED.name:
+                self._refusals.observe((now_us() - started) / 1e6)
         else:
             self._metrics.answered(answer.outputs[0].shape[0], (now_us() - started) / 1e6)
         return answer

@@ -155,6 +155,8 @@ class ExecutorBeat(Struct, array_like=True, frozen=True, gc=False, tag=8):
     """Names of models that somebody unloaded: an executor that joins leaves them out."""
     waiting: tuple[Waiting, ...] = ()
     """Rows that wait for this executor, at each batcher that has some."""
+    lanes: int = 0
+    """Batches that it computes at once; 0: not said, all but one of its slots."""
 
 
 class BatcherBeat(Struct, array_like=True, frozen=True, gc=False, tag=9):

@@ -1,5 +1,6 @@
 """A simulated executor: as `actors.executor`, whose policy, `Ledger`, is the real one. Its device is a stopwatch."""
 
+from heapq import heapreplace
 from typing import TYPE_CHECKING
 
 from msgspec.structs import replace
@@ -19,7 +20,7 @@ NOTHING = memoryview(b"")
 class Executor(Actor):
     kind = "executor"
 
-    def __init__(self, world: "World", name: str, slots: int, models: tuple[ModelRef, ...]) -> None:
+    def __init__(self, world: "World", name: str, slots: int, lanes: int, models: tuple[ModelRef, ...]) -> None:
         super().__init__(world, name)
         self.slots = slots
         self.models = models
@@ -34,7 +35,8 @@ class Executor(Actor):
         """Since when, beside that, nothing is under way."""
         self.slowness = 1.0
         self.slow_until_us = 0
-        self._free_us = 0
+        self._free_us = [0] * lanes
+        """When each lane has done all that it has; a heap."""
 
     def receive(self, message: Message) -> bool:
         now = self.clock()
@@ -74,8 +76,9 @@ class Executor(Actor):
     def _beat(self) -> None:
         ledger = self.ledger
         beat = ExecutorBeat(
-            self.name, self.models, len(ledger.places), ledger.leases(), self.phase, waiting=ledger.waiting()
-        )
+            self.name, self.models, len(ledger.places), ledger.leases(), self.phase,
+            waiting=ledger.waiting(), lanes=len(self._free_us),
+        )  # fmt: skip
         self.world.broadcast(self, self.world.batchers, beat)
 
     def _accept(self, batch: Batch) -> None:
@@ -86,7 +89,7 @@ class Executor(Actor):
             return
         self.inside += 1
         self.most_inside = max(self.most_inside, self.inside)
-        start_us = max(self._free_us, world.now)
+        start_us = max(self._free_us[0], world.now)
         service_us = world.pass_us(batch.rows, self.slowness if start_us < self.slow_until_us else 1.0)
         if start_us >= world.now + batch.budget_us:
             service_us = 0
@@ -95,8 +98,8 @@ class Executor(Actor):
             result = Result(batch.batch, self.name, NOTHING, 0, Fault.INTERNAL.name)
         else:
             result = Result(batch.batch, self.name, batch.dense, service_us)
-        self._free_us = start_us + service_us
-        world.at(self._free_us, self.take, Computed(batch, result))
+        heapreplace(self._free_us, start_us + service_us)
+        world.at(start_us + service_us, self.take, Computed(batch, result))
 
     def _finish(self, computed: Computed) -> None:
         self.inside -= 1

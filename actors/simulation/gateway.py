@@ -7,15 +7,12 @@ from narsil_stream.actors.simulation.actor import Actor
 from narsil_stream.actors.simulation.messages import Message, Replies, Wish, Wishes
 from narsil_stream.core import routing
 from narsil_stream.core.routing import Router
-from narsil_stream.core.throttle import LASTS_US, Flow, Throttle, kind
+from narsil_stream.core.throttle import LASTS_US, Asked, Flow, Throttle, kind
 from narsil_stream.schemas.errors import Refused
 from narsil_stream.schemas.internal import BatcherBeat, Cancel
 
 if TYPE_CHECKING:
     from narsil_stream.actors.simulation.world import World
-
-
-RETRY_AFTER_US = 10_000
 
 
 class Connected:
@@ -68,7 +65,7 @@ class Gateway(Actor):
     def _check_throttle(self, request: Request, now: int) -> None:
         """Raises OVERLOADED, as batchers have lately."""
         try:
-            request.flow.check(now)
+            request.flow.check(now, Asked(request.deadline_us, request.nbytes))
         except Refused:
             self.world.tally["decision", "gateway: request throttled"] += 1
             if now - self._refused_us > LASTS_US:
@@ -89,18 +86,18 @@ class Gateway(Actor):
                 if request is None:
                     self.world.tally["decision", "gateway: answer to nobody"] += 1
                 else:
-                    self._learn(request, answer.fault)
+                    self._learn(request, answer.fault, answer.retry_after_us)
                     self.world.referee.answered(self, request, answer.fault or "scored", answer.scores)
         elif isinstance(message, BatcherBeat):
             self._fail(self.router.beat(message, self.clock()))
             return self.router.has_outgoing()
         return True
 
-    def _learn(self, request: Request, fault: str) -> None:
+    def _learn(self, request: Request, fault: str, retry_after_us: int) -> None:
         now = self.clock()
         if fault == "OVERLOADED":
             self._refused_us = now
-            request.flow.refused(RETRY_AFTER_US, now)
+            request.flow.refused(retry_after_us, now, Asked(request.deadline_us, request.nbytes))
         else:
             request.flow.accepted(now)
 

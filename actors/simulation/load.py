@@ -1,14 +1,15 @@
 """One batcher and its executors under an open-loop load, without faults: for figures of how well a policy does.
 
-A device computes one batch at a time and takes a known time for it: simulated, not measured. Arrivals are Poisson,
-sizes heavy-tailed, budgets mixed. Ours is the real `Scheduler` behind a bus; rivals (`rivals`) sit on the device.
+A device computes one batch at a time, or one in each of its lanes, and takes a known time for it: simulated, not
+measured. Arrivals are Poisson, sizes heavy-tailed, budgets mixed. Ours is the real `Scheduler` behind a bus; rivals
+(`rivals`) sit on the device.
 """
 
 import random
 from collections import deque
 from collections.abc import Iterable, Sequence
 from functools import cache
-from heapq import heappop, heappush
+from heapq import heappop, heappush, heapreplace
 from itertools import count
 from typing import Any, NamedTuple, Protocol
 
@@ -24,7 +25,6 @@ from narsil_stream.schemas.internal import ExecutorBeat, Lease, ModelRef, Result
 MODEL = ModelKey("m", "1", "digest")
 MAX_ROWS = 1_024
 BUS_US = 100
-SLOTS = 2
 BUDGETS_US = (20_000, 50_000, 100_000)
 MEDIAN_ROWS, SIGMA = 30, 1.2
 """Of the log-normal sizes, cut off at `MAX_ROWS`: the mean is about 60 rows, one request in a hundred has over 480."""
@@ -137,12 +137,12 @@ class Score(Struct):
 class Run:
     """The clock, the devices and the score of one run."""
 
-    def __init__(self, came: Sequence[Arrival], device: Device, executors: int) -> None:
+    def __init__(self, came: Sequence[Arrival], device: Device, executors: int, lanes: int = 1) -> None:
         self.now = 0
         self.came = came
         self.device = device
-        self.free_us = [0] * executors
-        """When each device has done all that it has."""
+        self.free_us = [[0] * lanes for _ in range(executors)]
+        """When each lane of each device has done all that it has; heaps."""
         self.score = Score(lasted_us=came[-1].at_us, waits_us=[], answered_us=[])
         for arrival in came:
             self.score.offered += 1
@@ -162,9 +162,9 @@ class Run:
 
     def compute(self, executor: int, rows: int) -> int:
         """When the device is done with it. Its time counts as busy until the last request comes."""
-        start_us = max(self.now, self.free_us[executor])
+        start_us = max(self.now, self.free_us[executor][0])
         took_us = self.device.pass_us(rows)
-        self.free_us[executor] = start_us + took_us
+        heapreplace(self.free_us[executor], start_us + took_us)
         self.score.batches += 1
         self.score.rows += rows
         self.score.busy_us += max(0, min(start_us + took_us, self.score.lasted_us) - start_us)
@@ -202,13 +202,15 @@ class Ours:
     """The real policy. Batches and results are `BUS_US` on their way, and each executor gives all its slots to the one
     batcher."""
 
-    def __init__(self, came: Sequence[Arrival], device: Device, executors: int = 1, rules: Rules = RULES) -> None:
-        self.run = Run(came, device, executors)
+    def __init__(
+        self, came: Sequence[Arrival], device: Device, executors: int = 1, rules: Rules = RULES, lanes: int = 1
+    ) -> None:
+        self.run = Run(came, device, executors, lanes)
         self.policy = Scheduler("b", rules)
         self.steps: list[Step] = []
         for index in range(executors):
-            leases = tuple(Lease("b", Slot(slot, 0), False) for slot in range(SLOTS))
-            self.policy.beat(ExecutorBeat(f"e{index}", (ModelRef(*MODEL),), SLOTS, leases), 0)
+            leases = tuple(Lease("b", Slot(slot, 0), False) for slot in range(lanes + 1))
+            self.policy.beat(ExecutorBeat(f"e{index}", (ModelRef(*MODEL),), lanes + 1, leases, lanes=lanes), 0)
         self._woken_us: int | None = None
 
     def play(self) -> Score:

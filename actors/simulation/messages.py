@@ -32,6 +32,7 @@ class Answer(NamedTuple):
     request: int
     fault: str
     scores: bytes | memoryview
+    retry_after_us: int = 0
 
 
 class Replies(NamedTuple):

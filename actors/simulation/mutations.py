@@ -183,10 +183,10 @@ def _always_ages(earn: Callable[..., None]) -> Callable[..., None]:
 
 
 def _throttles_all(check: Callable[..., None]) -> Callable[..., None]:
-    def wrong(self: Flow, now_us: int) -> None:
+    def wrong(self: Flow, now_us: int, *asked: Any) -> None:
         if int(self.requests) % 3 == 1:
             raise Refused(Fault.OVERLOADED, "enough", 1_000)
-        check(self, now_us)
+        check(self, now_us, *asked)
 
     return wrong
 

@@ -152,7 +152,9 @@ class World:
             actor = Batcher(self, name)
             self.batchers.append(actor)
         else:
-            actor = Executor(self, name, self.rng.randint(1, 3), self._served())
+            slots = self.rng.randint(1, 3)
+            lanes = 1 + int(name[1:]) % slots  # not drawn, so that seeds from before there were lanes stay as they were
+            actor = Executor(self, name, slots, lanes, self._served())
             self.executors.append(actor)
             self.executors_by_name[name] = actor
         self.actors[name] = actor

@@ -14,6 +14,7 @@ from narsil_stream.bench.chaos import monkey
 from narsil_stream.bench.chaos.asks import write_model
 from narsil_stream.bench.chaos.generator import End, Load, Phase, running
 from narsil_stream.bench.chaos.plan import Plan, Row, Table
+from narsil_stream.bench.chaos.refusing import AIM_S, Refusing
 from narsil_stream.bench.chaos.seen import Processors, Seen, percentile
 from narsil_stream.bench.report import machine
 
@@ -127,7 +128,7 @@ class Stage:
 
     def _loaded(self, part: int) -> list[Row]:
         plan, length_s = self._plan, LOAD_S[part] * self._plan.length
-        processors = Processors()
+        processors, refusing = Processors(), Refusing(self._pipeline.metrics)
         with running(self._load([Phase(length_s, self._capacity * part / 100)], plan.budget_s)) as run:
             self._watch(run.start_s, length_s, f"{part} % of capacity")
             seen = Seen(run.outcome(), plan.budget_s)
@@ -147,7 +148,8 @@ class Stage:
         )
         kept = answered and share >= 0.9
         load = Row(what, ">= 90 % of the best goodput at any load", text, kept, details, seen.figures())
-        return [load, refusals(what, seen)]
+        refusing.wait(len(seen.refusals_ms("http")) + len(seen.refusals_ms("grpc")))
+        return [load, refusals(what, seen, refusing)]
 
     def _spike(self) -> Row:
         plan = self._plan
@@ -241,11 +243,26 @@ def told(seen: Seen, processors: Processors) -> list[str]:
     ]
 
 
-def refusals(what: str, seen: Seen) -> Row:
+def refusals(what: str, seen: Seen, refusing: Refusing) -> Row:
+    """As callers see them, whose own time shares the processors with all else, and as gateways do."""
+    said = []
+    for way in seen.ways:
+        took_ms = seen.refusals_ms(way)
+        said.append(f"{way} {percentile(took_ms, 50):.1f} and {percentile(took_ms, 99):.1f} ms")
     refused_ms = seen.refusals_ms()
     half, most = percentile(refused_ms, 50), percentile(refused_ms, 99)
-    text = f"{len(refused_ms):,}: half of them within {half:.1f} ms, 99 % within {most:.1f} ms"
-    return Row(f"refusals, {what}", "all say when to come back", text, seen.refused_without_time == 0, [])
+    text = (
+        f"{len(refused_ms):,}: half of them within {half:.1f} ms, 99 % within {most:.1f} ms; in gateways "
+        f"{refusing.percentile_ms(50):g} and {refusing.percentile_ms(99):g} ms"
+    )
+    details = [f"half and 99 % of callers within, {', '.join(said)}", str(refusing)]
+    figures = {
+        "callers_p50_ms": half,
+        "callers_p99_ms": most,
+        "gateways_within_5_ms": refusing.share(AIM_S),
+        "refused_at_door": refusing.at_door / max(1, refusing.count),
+    }
+    return Row(f"refusals, {what}", "all say when to come back", text, seen.refused_without_time == 0, details, figures)
 
 
 def lost(seen: Seen) -> str:

@@ -18,6 +18,8 @@ class Seen:
     def __init__(self, outcome: Outcome, budget_s: float) -> None:
         records = outcome.records
         producer = outcome.ways.index("producer") if "producer" in outcome.ways else -1
+        self.ways = [way for way in outcome.ways if way != "producer"]
+        self._number = {way: number for number, way in enumerate(outcome.ways)}
         self.start_s = outcome.start_s
         self.records = records[records["way"] != producer]
         self.producers = records[records["way"] == producer]
@@ -64,9 +66,11 @@ class Seen:
         good = self.records[self._good(self.records) & (done_s > first_s) & (done_s <= length_s)]
         return len(good) / (length_s - first_s), float(good["rows"].sum()) / (length_s - first_s)
 
-    def refusals_ms(self) -> NDArray[np.float64]:
-        """How long callers waited for being refused, from when the request left the generator."""
+    def refusals_ms(self, way: str = "") -> NDArray[np.float64]:
+        """How long callers waited for being refused, from when the request left the generator. `way`: of these."""
         refused = self.records[self.records["end"] == End.OVERLOADED]
+        if way:
+            refused = refused[refused["way"] == self._number[way]]
         return np.asarray((refused["took_s"] - refused["late_s"]) * 1e3, np.float64)
 
     @property

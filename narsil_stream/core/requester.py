@@ -18,7 +18,7 @@ from narsil_stream.core.actor import now_us, unix_us
 from narsil_stream.core.bus import Bus
 from narsil_stream.core.config import Config
 from narsil_stream.core.routing import Peer, Router
-from narsil_stream.core.throttle import Flow, Throttle, kind
+from narsil_stream.core.throttle import Asked, Flow, Throttle, kind
 from narsil_stream.core.versions import newness
 from narsil_stream.schemas import subjects
 from narsil_stream.schemas.codec import UNDECODABLE
@@ -182,8 +182,9 @@ class Requester:
         budget_us = min(request.budget_us or self._limits.default_budget_us, self._limits.max_budget_us)
         now = now_us()
         flow = self._throttle.flow(kind(model, request.tenant, request.priority, budget_us), now)
+        asked = Asked(now + budget_us, sum(tensor.data.nbytes for tensor in request.inputs))
         try:
-            flow.check(now)
+            flow.check(now, asked)
         except Refused:
             self.throttled += 1
             raise
@@ -192,8 +193,8 @@ class Requester:
             slot=self._router.slot(),
             model=model,
             version=version,
-            deadline_us=now + budget_us,
-            nbytes=sum(tensor.data.nbytes for tensor in request.inputs),
+            deadline_us=asked.deadline_us,
+            nbytes=asked.nbytes,
             request=request,
             future=future,
             flow=flow,
@@ -246,7 +247,7 @@ class Requester:
             if pending is None:
                 continue
             if answer.fault == OVERLOADED:
-                pending.flow.refused(answer.retry_after_us, now)
+                pending.flow.refused(answer.retry_after_us, now, Asked(pending.deadline_us, pending.nbytes))
             else:
                 pending.flow.accepted(now)
             if not pending.future.done():

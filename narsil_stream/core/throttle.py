@@ -1,5 +1,7 @@
 """Refusing where the request comes in what batchers would refuse anyway: the requester's half of overload. Pure; µs.
 
+Two rules. What was said: a batcher that refuses a request says how much later its deadline would have to be. Until
+then that holds for whoever asks for no less and is due no earlier, so these are told the same here.
 Google's adaptive throttling, by what became of the last half second: of requests like this one, a part of
 (requests - K * accepts - FEW) / (requests + 1) is refused here. A request counts once its fate is known, so slow
 answers throttle nobody.
@@ -22,6 +24,8 @@ LASTS_US = 1_000_000
 MOST_FLOWS = 1_024
 LEAST_US = 1_000
 """Nobody is told to come back sooner."""
+HOLDS_US = 50_000
+"""So long at most what a batcher said is taken for true: another one may have room, or an executor may come."""
 
 
 class Kind(NamedTuple):
@@ -34,10 +38,36 @@ class Kind(NamedTuple):
     """Its number of bits: who has more time is refused less."""
 
 
+class Asked(NamedTuple):
+    """What a request asks for."""
+
+    deadline_us: int
+    nbytes: int
+
+
+class Said(NamedTuple):
+    """A batcher's refusal, and for whom it holds."""
+
+    asked: Asked
+    reach_us: int
+    """The earliest deadline that could have been met."""
+    until_us: int
+    """When nobody knows any more."""
+
+    def wait_us(self, asked: Asked) -> int:
+        """How much later its deadline would have to be; not above 0: it may have room."""
+        if asked.deadline_us < self.asked.deadline_us or asked.nbytes < self.asked.nbytes:
+            return 0
+        return self.reach_us - asked.deadline_us
+
+
+NOTHING_SAID = Said(Asked(0, 0), 0, 0)
+
+
 class Flow:
     """What became of one kind of requests lately."""
 
-    __slots__ = ("_again_us", "_carry", "_few", "_since_us", "_told_us", "accepts", "requests")
+    __slots__ = ("_again_us", "_carry", "_few", "_said", "_since_us", "_told_us", "accepts", "requests")
 
     def __init__(self, now_us: int, few: int = FEW) -> None:
         self._few = few
@@ -50,21 +80,32 @@ class Flow:
         """When it said to come back."""
         self._carry = 0.0
         """Refusals that are due: spread evenly, where chance would bunch them."""
+        self._said = NOTHING_SAID
 
     def accepted(self, now_us: int) -> None:
         self._roll(now_us)
         self.requests += 1
         self.accepts += 1
 
-    def refused(self, retry_after_us: int, now_us: int) -> None:
-        """By a batcher."""
+    def refused(self, retry_after_us: int, now_us: int, asked: Asked | None = None) -> None:
+        """By a batcher. `asked`: what; None: no conclusions."""
         self._roll(now_us)
         self.requests += 1
         self._told_us = now_us
         self._again_us = now_us + retry_after_us
+        if asked is None:
+            return
+        said, reach_us = self._said, asked.deadline_us + retry_after_us
+        if now_us >= said.until_us or reach_us > said.reach_us or asked.nbytes < said.asked.nbytes:
+            self._said = Said(asked, reach_us, now_us + min(retry_after_us, HOLDS_US))
 
-    def check(self, now_us: int) -> None:
-        """Raises OVERLOADED for a share of those who come."""
+    def check(self, now_us: int, asked: Asked | None = None) -> None:
+        """Raises OVERLOADED for those whom a batcher would refuse by what one said, and for a share of the others."""
+        if asked is not None and now_us < self._said.until_us and (wait_us := self._said.wait_us(asked)) > 0:
+            self._roll(now_us)
+            self.requests += 1
+            detail = "a moment ago there was no room for as much, nor is there now"
+            raise Refused(Fault.OVERLOADED, detail, max(wait_us, LEAST_US))
         if not self.throttles(now_us):
             return
         self._roll(now_us)

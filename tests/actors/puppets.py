@@ -1,6 +1,6 @@
 """Policies under a test's hand: a batcher's `Scheduler` with its clock, fed with what executors would say."""
 
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from itertools import count
 
 import pytest
@@ -34,7 +34,7 @@ def ticket(
 class Batcher:
     """Decisions of the last `decide` or event are in `dispatches`, `drops` and `pleas`; `now` only moves by hand."""
 
-    def __init__(self, **rules: object) -> None:
+    def __init__(self, near: Callable[[str], bool] = lambda _: False, **rules: object) -> None:
         defaults = {
             "max_rows": 8,
             "max_bytes": 1_000,
@@ -44,7 +44,7 @@ class Batcher:
             "failover_floor_us": FLOOR_US,
             "failover_factor": 4.0,
         }
-        self.policy = Scheduler("b", Rules(**(defaults | rules)))  # type: ignore[arg-type]
+        self.policy = Scheduler("b", Rules(**(defaults | rules)), near)  # type: ignore[arg-type]
         self.now = 0
         self.dispatches: list[Dispatch] = []
         self.drops: list[Drop] = []

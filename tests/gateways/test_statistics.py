@@ -59,7 +59,7 @@ def test_what_two_batchers_count_adds_up_to_what_was_asked(nats_server: NatsServ
         assert b"INVALID_ARGUMENT" in producer.ask(INFER, infer_json(wrong)).data
         assert b"NOT_FOUND" in producer.ask("narsil.v1.infer.nobody", infer_json(rows.part(0))).data
         total = counted(door)
-        shares = [batcher._counts.report() for batcher in system.actors("batcher")]
+        shares = [batcher._endings.counts.report() for batcher in system.actors("batcher")]
         (same,) = door.statistics()
     assert all(b'"success":{"count":0' not in share for share in shares), "both batchers had a share"
     assert same == total
@@ -108,7 +108,7 @@ def test_a_failure_is_no_success_whatever_it_comes_from(nats_server: NatsServer,
             assert late.result(20).fault == Fault.DEADLINE_EXCEEDED.name
             gone = door.ask("ctr", request(rows, budget_us=20_000_000))
             (batcher,) = system.actors("batcher")
-            until(lambda: batcher._open, "the caller who will leave")
+            until(lambda: batcher._endings.open, "the caller who will leave")
             gone.cancel()
             total = until(lambda: (c := counted(door)).inference_stats.fail.count == 3 and c, "three failures")
     stats = total.inference_stats
@@ -136,7 +136,7 @@ def test_a_batcher_that_does_not_answer_is_left_out(nats_server: NatsServer, cri
         rows = some_rows(criteo_model, 1)
         for future in [door.ask("ctr", request(rows)) for _ in range(64)]:
             assert not future.result(20).fault
-        (share,) = msgspec.json.decode(other._counts.report(), type=StatisticsReport).model_stats
+        (share,) = msgspec.json.decode(other._endings.counts.report(), type=StatisticsReport).model_stats
         assert 0 < share.inference_count < 64
         assert counted(door) == share
 

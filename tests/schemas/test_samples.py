@@ -209,6 +209,7 @@ def between_actors() -> dict[str, Sample]:
                     leases=(),
                     waiting=(Waiting("batcher-1", 64), Waiting("batcher-2", 2**40)),
                 ),
+                "executor-beat-lanes": ExecutorBeat(executor="executor-1", models=(REF,), slots=3, leases=(), lanes=2),
             },
             BatcherBeat: {
                 "batcher-beat": BatcherBeat(
