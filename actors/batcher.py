@@ -371,5 +371,6 @@ class Batcher(Actor[Message]):
                 self._config.timing.lease_ms,
                 tuple(key.digest for key in policy.finishing()),
                 unloaded and self._joined,
+                any(executor.near for executor in policy.executors.values()),
             ),
         )

@@ -78,7 +78,7 @@ class Executor(Actor[Message]):
         self._following: asyncio.Task[None] | None = None
         self._beats: dict[str, BatcherBeat] = {}
         """The newest of each batcher."""
-        self._ledger = Ledger(self.name, 1, config.timing.lease_ms * 1_000)
+        self._ledger = self._leasing(1)
         self._lanes = Lanes(self.name)
         self._brevity = Brevity()
         self._unprepared: WeakKeyDictionary[Backend, int] = WeakKeyDictionary()
@@ -109,7 +109,7 @@ class Executor(Actor[Message]):
     async def start(self) -> None:
         peers = await self._peers.look() if self._explicit else None
         await self._shelf.start(self._config.loaded_names if self._explicit else None, peers)
-        self._ledger = Ledger(self.name, self._slots(), self._config.timing.lease_ms * 1_000)
+        self._ledger = self._leasing(self._slots())
         self._lanes.widen(self._width())
         await self._bus.listen(subjects.executor(self.name), self._take, _decode, owner=self)
         await self._bus.listen(subjects.BATCHER_BEAT, self.mailbox.put_urgent, _decode_beat, owner=self)
@@ -124,6 +124,12 @@ class Executor(Actor[Message]):
     async def _follow(self) -> None:
         """Controls reach this executor from now on; what was done while it started, the others know."""
         await self._shelf.follow(await self._peers.look())
+
+    def _leasing(self, slots: int) -> Ledger:
+        def near(batcher: str) -> bool:
+            return self._bus.is_local(subjects.batcher(batcher))
+
+        return Ledger(self.name, slots, self._config.timing.lease_ms * 1_000, near)
 
     def _width(self) -> int:
         """Batches that compute at once."""

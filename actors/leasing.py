@@ -4,6 +4,7 @@ More batchers never mean more slots. A slot changes hands under a new generation
 sends a batch that is turned away and sent again; no message has to arrive for that to be safe.
 """
 
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 
 from narsil_stream.schemas.internal import Batch, BatcherBeat, Demand, Grant, Lease, Slot, Waiting
@@ -30,7 +31,11 @@ class Place:
 
 @dataclass(slots=True)
 class Batcher:
+    near: bool
+    """In this process: no hop over the broker lies between."""
     seen_us: int
+    paired: bool = False
+    """It has an executor in its own process."""
     rows: int = 0
     due_us: int = 0
     """Earliest deadline of what waits there; of no meaning while `rows` is 0."""
@@ -39,7 +44,9 @@ class Batcher:
 class Ledger:
     """The slots of one executor."""
 
-    def __init__(self, executor: str, slots: int, lease_us: int) -> None:
+    def __init__(self, executor: str, slots: int, lease_us: int, near: Callable[[str], bool] = lambda _: False) -> None:
+        """`near`: whether a batcher is in this process."""
+        self._near = near
         self.executor = executor
         self.lease_us = lease_us
         self.places = [Place(index) for index in range(slots)]
@@ -56,6 +63,7 @@ class Ledger:
             self._lose(beat.batcher)
             return
         self._hear(beat.batcher, beat.demand_rows, beat.slack_us, now_us)
+        self.batchers[beat.batcher].paired = beat.paired
 
     def demand(self, demand: Demand, now_us: int) -> None:
         self._hear(demand.batcher, demand.rows, demand.slack_us, now_us)
@@ -67,7 +75,7 @@ class Ledger:
     def _hear(self, batcher: str, rows: int, slack_us: int, now_us: int) -> None:
         known = self.batchers.get(batcher)
         if known is None:
-            known = self.batchers[batcher] = Batcher(now_us)
+            known = self.batchers[batcher] = Batcher(self._near(batcher), now_us)
         known.seen_us, known.rows, known.due_us = now_us, rows, now_us + slack_us
 
     def accept(self, batch: Batch, now_us: int) -> bool:
@@ -103,14 +111,12 @@ class Ledger:
                 self._free(place)
 
     def assign(self, now_us: int) -> list[Grant]:
-        """Lease what is free: to who asks, earliest deadline first, then to who had it, then evenly."""
+        """Lease what is free: to who asks, earliest deadline first, then to who is near, to who had it, or evenly."""
         if not self.open or not self.batchers:
             return []
         granted = [self._lease(place, name, now_us) for place, name in self._asked(now_us)]
-        for place in self.places:
-            if not place.holder and not place.busy:
-                name = place.last if place.last in self.batchers else self._fewest()
-                granted.append(self._lease(place, name, now_us))
+        spare = [p for p in self.places if not p.busy and (not p.holder or self._strayed(p.holder))]
+        granted += [self._lease(place, self._heir(place), now_us) for place in spare]
         return [Grant(self.executor, place.slot) for place in granted]
 
     def leases(self) -> tuple[Lease, ...]:
@@ -147,8 +153,24 @@ class Ledger:
         place.leased_us = now_us
         return place
 
-    def _fewest(self) -> str:
-        held = dict.fromkeys(self.batchers, 0)
+    def _heir(self, place: Place) -> str:
+        """Of a slot that nobody asks for."""
+        wanted = self._likely() or list(self.batchers)
+        return place.last if place.last in wanted else self._fewest(wanted)
+
+    def _likely(self) -> list[str]:
+        """Batchers that send here first: that of this process, and those that have no executor in their own."""
+        return [name for name, batcher in self.batchers.items() if batcher.near or not batcher.paired]
+
+    def _strayed(self, holder: str) -> bool:
+        """Whether an idle slot is with a batcher that has others nearer and no work, while there is one near here."""
+        batcher = self.batchers[holder]
+        if not batcher.paired or batcher.near or batcher.rows:
+            return False
+        return any(other.near for other in self.batchers.values())
+
+    def _fewest(self, names: Iterable[str]) -> str:
+        held = dict.fromkeys(names, 0)
         for place in self.places:
             if place.holder in held:
                 held[place.holder] += 1

@@ -175,6 +175,8 @@ class BatcherBeat(Struct, array_like=True, frozen=True, gc=False, tag=9):
     """Digests of models that no executor offers any more, and that requests here still wait for."""
     unloaded: bool = False
     """Executors are alive and none of them offers a model: `models` is empty on purpose."""
+    paired: bool = False
+    """An executor lives in the same process: idle slots of others are better off with batchers that have none."""
 
 
 class Report(Struct, array_like=True, frozen=True, gc=False, tag=10):

@@ -218,6 +218,7 @@ def between_actors() -> dict[str, Sample]:
                 "batcher-beat-control": BatcherBeat(
                     batcher="batcher-1", models=(), wait_us=0, finishing=(REF.digest,), unloaded=True
                 ),
+                "batcher-beat-paired": BatcherBeat(batcher="batcher-1", models=(REF,), wait_us=0, paired=True),
             },
             ToRepository: {
                 "control": Control(reply="_INBOX.narsil.0011223344556677", slot=3, verb="load", model="dlrm"),
