@@ -69,6 +69,9 @@ class Nowhere:
 
     async def flush(self) -> None: ...
 
+    def is_local(self, subject: str) -> bool:
+        return False
+
     def signal(self, subject: str) -> None: ...
 
     def broadcast(self, subject: str, message: object) -> None: ...
