@@ -25,6 +25,8 @@ endef
 
 # Two workers whose products use all cores each spend most of their time waiting for each other.
 ONE_THREAD = OMP_NUM_THREADS=1 OPENBLAS_NUM_THREADS=1 MKL_NUM_THREADS=1
+# The tests start hundreds of processes: where the environment forbids it, each would compile the package anew.
+COMPILED_ONCE = PYTHONDONTWRITEBYTECODE=
 
 MAKEFLAGS += --no-print-directory
 .DEFAULT_GOAL := help
@@ -40,7 +42,7 @@ serve: $(SERVE_VENV)/.complete ## Run the whole pipeline here; needs no GPU and 
 	@exec $(SERVE_VENV)/bin/narsil serve $(ARGS)
 
 test: setup ## Run the tests, two at a time (options: make test ARGS='-k batch'; one at a time: ARGS='-n 0')
-	@$(ONE_THREAD) .venv/bin/python -m pytest -n 2 --dist loadfile $(ARGS)
+	@$(ONE_THREAD) $(COMPILED_ONCE) .venv/bin/python -m pytest -n 2 --dist loadfile $(ARGS)
 
 gate: setup ## Hold the hot path to limits, half a minute (options: make gate ARGS='--only scheduler')
 	@.venv/bin/narsil bench gate $(ARGS)

@@ -32,6 +32,9 @@ READY_TIMEOUT = 120.0
 KILL_MARGIN = 5.0
 SILENT_AFTER_S = 3.0
 """Reports come every second."""
+ONE_WISH_S = 0.5
+"""Signals this close to the first are the same wish to stop: what signals a whole group, e.g. timeout(1) or systemd,
+reaches this process and `make`, which passes it on."""
 
 _decode_report = msgspec.msgpack.Decoder(Report).decode
 
@@ -50,6 +53,8 @@ class Supervisor:
         self.reports: dict[str, dict[str, tuple[Report, float]]] = {}
         """By the token of their process and actor, with the monotonic time when they came."""
         self._stop = asyncio.Event()
+        self._asked_s: float | None = None
+        """When the first signal to stop came, monotonic."""
         self._failed = ""
         self._broker_log = Path(os.devnull)
 
@@ -221,13 +226,15 @@ class Supervisor:
             loop.add_signal_handler(number, self._on_signal)
 
     def _on_signal(self) -> None:
-        if self._stop.is_set():
+        now_s = time.monotonic()
+        if self._asked_s is None:
+            self._asked_s = now_s
+            log.info("stopping: what was accepted is answered first; once more kills what is left")
+            self._stop.set()
+        elif now_s - self._asked_s > ONE_WISH_S:
             log.warning("asked twice: killing what is left")
             for child in self.children:
                 child.kill()
-        else:
-            log.info("stopping: what was accepted is answered first; once more kills what is left")
-        self._stop.set()
 
     def _given_up(self, child: Child) -> None:
         where = f"{self._broker_log}: its end says" if child.kind == "broker" else "its last messages above say"

@@ -8,7 +8,7 @@ import uvloop
 from msgspec.structs import replace
 
 from narsil_stream.bench import wrk
-from narsil_stream.bench.callers import CALLERS, CONNECT_S
+from narsil_stream.bench.callers import CALLERS, CONNECT_S, within
 from narsil_stream.bench.figures import Figures, measure
 from narsil_stream.bench.load import Load
 from narsil_stream.bench.questions import Asked, Question, Way, WrongAnswer, check
@@ -30,13 +30,15 @@ def answers(server: Server, questions: list[Question], patience_s: float = CONNE
 
     async def ask() -> list[bytes | None]:
         caller = CALLERS[server.way.transport](server.port, questions, 1)
-        await asyncio.wait_for(caller.open(), patience_s)
+        async with within(patience_s, f"connection to {server.name} on port {server.port}"):
+            await caller.open()
         loop = asyncio.get_running_loop()
         futures: list[asyncio.Future[bytes | None]] = [loop.create_future() for _ in questions]
         for which, future in enumerate(futures):
             caller.ask(which, future.set_result)
         try:
-            return [await asyncio.wait_for(future, patience_s) for future in futures]
+            async with within(patience_s, f"answer from {server.name}"):
+                return await asyncio.gather(*futures)
         finally:
             caller.close()
 
@@ -54,7 +56,7 @@ def load_for(server: Server, asked: list[Asked], in_flight: int, seconds: float,
     try:
         answered = answers(server, questions)
     except OSError as error:
-        raise WrongAnswer(server.name, f"no answer over {server.way.name}: {error or type(error).__name__}") from error
+        raise WrongAnswer(server.name, f"no answer over {server.way.name}: {error}") from error
     for one, answer in zip(asked, answered, strict=True):
         if answer is None:
             raise WrongAnswer(server.name, f"a question over {server.way.name} was refused or not answered")

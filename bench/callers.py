@@ -1,9 +1,10 @@
 """Connections of a load generator: each asks and says when the answer is there, with as little work as it can."""
 
 import asyncio
+import contextlib
 import functools
 from collections import deque
-from collections.abc import Callable
+from collections.abc import AsyncIterator, Callable
 from typing import Any, Protocol
 
 from narsil_stream.bench.questions import Question
@@ -15,7 +16,8 @@ Done = Callable[[bytes | None], None]
 
 
 class Caller(Protocol):
-    async def open(self) -> None: ...
+    async def open(self) -> None:
+        """Raises TimeoutError, which says what did not answer."""
 
     def ask(self, which: int, done: Done) -> None:
         """Ask question number `which`. What comes while no connection is free waits here."""
@@ -41,7 +43,8 @@ class HttpCaller:
 
     async def _connect(self) -> None:
         connect = functools.partial(asyncio.get_running_loop().create_connection, host="127.0.0.1", port=self._port)
-        _, connection = await _patiently(functools.partial(connect, lambda: _Connection(self._freed, self._lost)))
+        async with within(CONNECT_S, f"HTTP server on port {self._port}"):
+            _, connection = await _again(functools.partial(connect, lambda: _Connection(self._freed, self._lost)))
         self._freed(connection)
 
     def _lost(self, connection: "_Connection") -> None:
@@ -151,7 +154,7 @@ class GrpcCaller:
 
         self._channel = aio.insecure_channel(f"127.0.0.1:{self._port}", [("grpc.use_local_subchannel_pool", 1)])
         self._infer = self._channel.unary_unary(self._path)
-        async with asyncio.timeout(CONNECT_S):
+        async with within(CONNECT_S, f"gRPC server on port {self._port}"):
             await self._channel.channel_ready()
 
     def ask(self, which: int, done: Done) -> None:
@@ -184,9 +187,7 @@ class NatsCaller:
         self._publishing: set[asyncio.Task[None]] = set()
 
     async def open(self) -> None:
-        import nats
-
-        self._nats = await nats.connect(f"nats://127.0.0.1:{self._port}", allow_reconnect=False)
+        self._nats = await nats_connection(f"nats://127.0.0.1:{self._port}", allow_reconnect=False)
         self._inbox = self._nats.new_inbox()
         await self._nats.subscribe(f"{self._inbox}.*", cb=self._on_answer, pending_msgs_limit=0, pending_bytes_limit=0)
         await self._nats.flush()
@@ -217,11 +218,32 @@ CALLERS: dict[str, Callable[[int, list[Question], int], Caller]] = {
 }
 
 
-async def _patiently(connect: Callable[[], Any]) -> Any:
+@contextlib.asynccontextmanager
+async def within(seconds: float, what: str) -> AsyncIterator[None]:
+    """Bounds the block in time. Raises TimeoutError, which says what was not there by then."""
+    try:
+        async with asyncio.timeout(seconds):
+            yield
+    except TimeoutError:
+        raise TimeoutError(f"no {what} within {seconds:g} s") from None
+
+
+async def nats_connection(url: str, **options: Any) -> Any:
+    """nats-py's client, connected as soon as a server is there. Raises TimeoutError, which says what is not."""
+    import nats
+
+    async def quiet(error: Exception) -> None:
+        """By itself it prints a traceback for each try."""
+
+    patient = {"max_reconnect_attempts": -1, "reconnect_time_wait": 0.05, "error_cb": quiet}
+    async with within(CONNECT_S, f"NATS server at {url}"):
+        return await nats.connect(url, **(patient | options))
+
+
+async def _again(connect: Callable[[], Any]) -> Any:
     """Tries until the server listens."""
-    async with asyncio.timeout(CONNECT_S):
-        while True:
-            try:
-                return await connect()
-            except OSError:
-                await asyncio.sleep(0.02)
+    while True:
+        try:
+            return await connect()
+        except OSError:
+            await asyncio.sleep(0.02)

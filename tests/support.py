@@ -44,12 +44,12 @@ PATIENCE_S = 20.0
 """For what normally takes milliseconds, on a machine that is busy."""
 
 
-def until(condition: Callable[[], Any], what: str, timeout_s: float = PATIENCE_S) -> Any:
+def until(condition: Callable[[], Any], what: str, timeout_s: float = PATIENCE_S, every_s: float = 0.005) -> Any:
     """The first true value of `condition`, asked every few milliseconds. Fails with `what` after `timeout_s`."""
     end = time.monotonic() + timeout_s
     while not (found := condition()):
         assert time.monotonic() < end, f"{what}: not within {timeout_s} s"
-        time.sleep(0.005)
+        time.sleep(every_s)
     return found
 
 
@@ -127,7 +127,7 @@ class System:
     Entered once a client sees every model. Executors, batchers, HTTP and gRPC gateways (on ports of their own) have
     connections of their own, as in processes of their own, so that all messages cross the broker; in mode inline they
     share one. `config` sets everything but the addresses. `loader` is what loads a model's backend. `seeds` are files
-    of nkeys by kind of actor, and "client" for who waits until all is served.
+    of nkeys by kind of actor, and "client" for who waits until all is served, in place of the login in `config`.
     """
 
     KINDS: ClassVar = {"executor": Executor, "batcher": Batcher, "gateway": HttpGateway, "grpc": GrpcGateway}
@@ -147,7 +147,7 @@ class System:
         self.url = url
         config = config or Config()
         doors = {"http": replace(config.http, port=0), "grpc": replace(config.grpc, port=0)}
-        self.config = replace(config, nats=NatsConfig(url=url), **doors)
+        self.config = replace(config, nats=replace(config.nats, url=url), **doors)
         self.runtimes: dict[str, list[Runtime]] = {kind: [] for kind in self.KINDS}
         """By kind of actor; in mode inline all hold the same one."""
         self._models = models
@@ -230,7 +230,8 @@ class System:
         return Executor(self.config, bus, Repository(self._models, Path(folder) if folder else None), self._loader)
 
     def _login(self, kind: str) -> NatsConfig:
-        return replace(self.config.nats, nkey_seed_file=str(self._seeds.get(kind, "")))
+        nats = self.config.nats
+        return replace(nats, nkey_seed_file=str(self._seeds[kind])) if kind in self._seeds else nats
 
     async def _wait_served(self) -> None:
         wanted = {(spec.name, spec.version) for spec in map(read_spec, self._models)}

@@ -5,9 +5,10 @@ import contextlib
 from collections.abc import Callable
 from typing import Any, Protocol
 
+import msgspec
 from msgspec.structs import replace
 
-from narsil_stream.bench.callers import content_length, http_request
+from narsil_stream.bench.callers import CONNECT_S, content_length, http_request, nats_connection, within
 from narsil_stream.bench.chaos.asks import MODEL
 from narsil_stream.bench.questions import GRPC_INFER, Question
 from narsil_stream.core.client import Client
@@ -25,7 +26,8 @@ CHANNEL_OPTIONS = [
     ("grpc.max_reconnect_backoff_ms", 200),
     ("grpc.enable_retries", 0),
 ]
-BY_STATUS = {fault.grpc: fault for fault in reversed(Fault)}
+BY_GRPC = {fault.grpc: fault for fault in reversed(Fault)}
+BY_HTTP = {fault.http: fault for fault in Fault}
 
 
 class Broken(Exception):
@@ -36,7 +38,8 @@ class Door(Protocol):
     surplus: int
     """Answers that came although nobody waited for one: a second answer to some request."""
 
-    async def open(self) -> None: ...
+    async def open(self) -> None:
+        """Raises TimeoutError, which says what did not answer."""
 
     async def ask(self, request: InferRequest, left_s: float) -> InferAnswer:
         """An answer without a fault. Raises Refused and Broken; waits longer than `left_s` if nothing comes."""
@@ -67,11 +70,11 @@ class Http:
         except BaseException:
             connection.transport.abort()
             raise
-        self.idle.append(connection)
-        answer = codec.decode_answer(content)
-        if status != 200 or answer.fault:
-            raise codec.refusal(answer)
-        return answer
+        if not connection.transport.is_closing():
+            self.idle.append(connection)
+        if status != 200:
+            raise http_refusal(status, content)
+        return codec.decode_answer(content)
 
     async def _connect(self) -> "_Connection":
         try:
@@ -85,6 +88,15 @@ class Http:
     async def close(self) -> None:
         for connection in list(self.idle):
             connection.transport.abort()
+
+
+def http_refusal(status: int, body: bytes) -> Refused:
+    """By the status alone, whoever answered: what the HTTP parser refuses carries none of our errors. The body may say
+    when to come back."""
+    said = InferAnswer("", ())
+    with contextlib.suppress(msgspec.MsgspecError):
+        said = codec.decode_answer(body)
+    return Refused(BY_HTTP.get(status, Fault.INTERNAL), said.detail or f"HTTP status {status}", said.retry_after_us)
 
 
 class _Connection(asyncio.Protocol):
@@ -113,6 +125,9 @@ class _Connection(asyncio.Protocol):
         self._buffer += data
         head, end, rest = self._buffer.partition(b"\r\n\r\n")
         length = content_length(head)
+        if end and length < 0:  # an error of the server's parser: it is all that comes
+            self.transport.abort()
+            length = len(rest)
         if end and len(rest) >= length:
             self._door.surplus += len(rest) > length
             self._buffer = b""
@@ -138,7 +153,8 @@ class Grpc:
 
         self._channels = [aio.insecure_channel(self._address, CHANNEL_OPTIONS) for _ in range(CHANNELS)]
         self._infer = [channel.unary_unary(GRPC_INFER) for channel in self._channels]
-        await asyncio.gather(*(channel.channel_ready() for channel in self._channels))
+        async with within(CONNECT_S, f"gRPC server at {self._address}"):
+            await asyncio.gather(*(channel.channel_ready() for channel in self._channels))
 
     async def ask(self, request: InferRequest, left_s: float) -> InferAnswer:
         from grpc import StatusCode
@@ -152,7 +168,7 @@ class Grpc:
             if error.code() is StatusCode.UNAVAILABLE and "retry-after-ms" not in said:
                 raise Broken(error.details()) from None
             wait_us = 1_000 * int(said.get("retry-after-ms", 0))
-            raise Refused(BY_STATUS.get(error.code().name, Fault.INTERNAL), error.details() or "", wait_us) from None
+            raise Refused(BY_GRPC.get(error.code().name, Fault.INTERNAL), error.details() or "", wait_us) from None
         message = message_class("ModelInferResponse").FromString(answer)
         scores = memoryview(message.raw_output_contents[0])
         return InferAnswer(message.id, (Tensor("scores", "FP32", (scores.nbytes // 4,), scores),))
@@ -198,9 +214,7 @@ class Producer:
         self.surplus = 0
 
     async def open(self) -> None:
-        import nats
-
-        self._nats = await nats.connect(self._address)
+        self._nats = await nats_connection(self._address, reconnect_time_wait=2.0)  # nats-py's own
         self._inbox = self._nats.new_inbox()
         await self._nats.subscribe(f"{self._inbox}.*", cb=self._on_answer)
         await self._nats.flush()
@@ -224,8 +238,11 @@ class Producer:
         elif not future.done():
             if (message.headers or {}).get("Status") == "503":
                 future.set_exception(Refused(Fault.UNAVAILABLE, "no batcher listens"))
-            else:
+                return
+            try:
                 future.set_result(codec.decode_answer(message.data))
+            except msgspec.MsgspecError as error:
+                future.set_exception(error)
 
     async def close(self) -> None:
         with contextlib.suppress(Exception):

@@ -149,7 +149,6 @@ class Generator:
         self._records = np.zeros(count, RECORD)
         self._asked = 0
         self._doors: list[Door] = []
-        self._tasks: set[asyncio.Task[None]] = set()
 
     async def run(self) -> Outcome:
         async with AsyncExitStack() as stack:
@@ -173,13 +172,14 @@ class Generator:
         by_counter = due + (time.perf_counter() - time.monotonic())
         wake = lambda: loop.call_soon_threadsafe(turn.set)  # noqa: E731
         threading.Thread(target=tick, args=(by_counter, wake), daemon=True).start()
-        while self._asked < len(due):
-            await turn.wait()
-            turn.clear()
-            now = time.monotonic()
-            while self._asked < len(due) and due[self._asked] <= now:
-                self._start(self._asked, float(due[self._asked]))
-        await self._all_ended()
+        async with asyncio.TaskGroup() as asking:  # a request that fails in a way of its own ends the run
+            while self._asked < len(due):
+                await turn.wait()
+                turn.clear()
+                now = time.monotonic()
+                while self._asked < len(due) and due[self._asked] <= now:
+                    asking.create_task(self._ask(self._asked, float(due[self._asked])))
+                    self._asked += 1
 
     async def _closed_loop(self, start_s: float) -> None:
         end_s = start_s + self._load.seconds
@@ -192,16 +192,6 @@ class Generator:
 
         await asyncio.sleep(start_s - time.monotonic())
         await asyncio.gather(*(forever() for _ in range(self._load.in_flight)))
-
-    def _start(self, number: int, due_s: float) -> None:
-        self._asked += 1
-        task = asyncio.ensure_future(self._ask(number, due_s))
-        self._tasks.add(task)
-        task.add_done_callback(self._tasks.discard)
-
-    async def _all_ended(self) -> None:
-        while self._tasks:
-            await asyncio.wait(self._tasks)
 
     async def _ask(self, number: int, due_s: float) -> None:
         record = self._records[number]

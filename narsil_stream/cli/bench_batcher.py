@@ -18,8 +18,7 @@ import numpy as np
 
 from narsil_stream.actors.batcher import Batcher
 from narsil_stream.bench.questions import MODEL, msgpack
-from narsil_stream.core.config import Config
-from narsil_stream.core.config.schema import TimingConfig
+from narsil_stream.core.config import Config, TimingConfig
 from narsil_stream.core.memory import keep_freed_memory
 from narsil_stream.kernels.init import criteo_spec, random_batch
 from narsil_stream.schemas import codec, subjects

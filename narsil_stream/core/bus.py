@@ -42,6 +42,8 @@ SUBJECT = re.compile(r"[^ \t\r\n]+")
 """What does not end a word of the protocol. The server checks the rest."""
 LINE_ENDS = str.maketrans("\r\n", "  ")
 PROTOCOL_ERRORS = (OSError, nats.errors.Error, asyncio.TimeoutError)
+LOGIN_REFUSED = "authorization violation"
+"""In the broker's words. It has others for a login that came late, which may be let in when it comes again."""
 
 _encode = msgspec.msgpack.Encoder().encode
 
@@ -66,6 +68,8 @@ class Bus:
         self._subscriptions: dict[str, list[Listening]] = {}
         self._responders: dict[str, Callable[[], bytes]] = {}
         self._begun = False
+        self._refusals = 0
+        """Of the login, before there was a connection."""
         self._closing = False
         self.on_lost: list[Callable[[], None]] = []
         """Called when the connection breaks: what is under way over it may be lost."""
@@ -76,14 +80,14 @@ class Bus:
         self._inboxes = subjects.inbox()
 
     async def connect(self, timeout: float = 10.0) -> None:
-        """Connect, trying for `timeout` seconds. Raises `Refused`, with the reason.
-
-        UNAVAILABLE, UNAUTHENTICATED, or INVALID_ARGUMENT for a file of the login that cannot be used.
+        """Connect, trying for `timeout` seconds, or until each server has refused the login. Raises `Refused`, with the
+        reason: UNAVAILABLE, UNAUTHENTICATED, or INVALID_ARGUMENT for a file of the login that cannot be used.
         """
         options = self._options()
         try:
             await asyncio.wait_for(self._nats.connect(**options), timeout)
         except PROTOCOL_ERRORS as error:
+            self._nats.cut()
             raise self._unconnected(self._nats.last_error or error) from None
         except Exception as error:  # nats-py lets through whatever the reading of a seed raises
             if not (seed := self._config.nkey_seed_file or self._config.creds_file):
@@ -102,6 +106,10 @@ class Bus:
     @property
     def _address(self) -> str:
         return self._config.url or f"nats://{address(self._config.host, self._config.port)}"
+
+    @property
+    def _servers(self) -> list[str]:
+        return [url.strip() for url in self._address.split(",")]
 
     def new_inbox(self, kind: str = "") -> str:
         """A subject for answers that nobody can guess, and that a broker can keep for this login. Once connected.
@@ -338,7 +346,7 @@ class Bus:
             if path and (reason := unreadable(path)):
                 raise _unusable(key, path, reason)
         options: dict[str, Any] = {
-            "servers": [url.strip() for url in self._address.split(",")],
+            "servers": self._servers,
             "name": self._name,
             "no_echo": True,
             "allow_reconnect": True,
@@ -390,6 +398,10 @@ class Bus:
         return str(json.loads(base64.urlsafe_b64decode(claims + b"=="))["sub"])
 
     async def _on_error(self, error: Exception) -> None:
+        if not self._begun and LOGIN_REFUSED in str(error).lower():
+            self._refusals += 1
+            if self._refusals == len(self._servers):
+                self._nats.options["allow_reconnect"] = False  # or nats-py would try again until the time is over
         if isinstance(error, nats.errors.SlowConsumerError):
             self._dropped += 1
         elif "permissions violation" in str(error).lower():

@@ -16,6 +16,7 @@ OTHER = ModelKey("n", "1", "digest")
 BUDGET_US = 1_000_000
 LEASE_US = 500_000
 FLOOR_US = 50_000
+S0, S1 = Slot(0, 0), Slot(1, 0)
 _ids = count(1)
 
 
@@ -32,7 +33,7 @@ def ticket(
 
 
 class Batcher:
-    """Decisions of the last `decide` or event are in `dispatches`, `drops` and `pleas`; `now` only moves by hand."""
+    """Decisions of the last `decide` or event are in `dispatches`, `drops` and `pleas`; `now` (µs) moves by hand."""
 
     def __init__(self, near: Callable[[str], bool] = lambda _: False, **rules: object) -> None:
         defaults = {
@@ -116,3 +117,23 @@ class Batcher:
         self.dispatches = [decision for decision in decisions if isinstance(decision, Dispatch)]
         self.drops = [decision for decision in decisions if isinstance(decision, Drop)]
         self.pleas = [decision for decision in decisions if isinstance(decision, Plead)]
+
+
+def one_executor(*slots: Slot, **rules: object) -> Batcher:
+    batcher = Batcher(**rules)
+    batcher.hear("e1", *(slots or (S0, S1)))
+    return batcher
+
+
+def two_executors(**rules: object) -> Batcher:
+    batcher = one_executor(S0, **rules)
+    batcher.hear("e2", S0)
+    return batcher
+
+
+def silent(batcher: Batcher, *executors: str, busy: tuple[Slot, ...] = (S0,)) -> None:
+    """Until its batch is overdue, while all executors beat."""
+    for _ in range(10):
+        for executor in executors:
+            batcher.hear(executor, busy=busy) if executor == "e1" else batcher.hear(executor, S0)
+        batcher.decide(batcher.now + LEASE_US // 10)

@@ -14,11 +14,10 @@ from msgspec.structs import replace
 
 from narsil_stream.cli.client_example import DEMO, KINDS
 from narsil_stream.core import tokens
-from narsil_stream.core.config import Config
+from narsil_stream.core.config import Config, NatsConfig
 from narsil_stream.kernels.artifact import read_spec
 from tests import logins
 from tests.certificates import Files
-from tests.faults.serving import Serve
 from tests.support import PATIENCE_S, NatsServer, System, expected, invoke, plain_environ
 
 DOORS = tuple(kind for kind in KINDS if kind != "nats")
@@ -161,11 +160,10 @@ def test_the_program_for_nats_logs_in(kind: str, tmp_path: Path, demo_model: Pat
     """With what `narsil` itself logs in with, from the same variables."""
     ways = logins.SECRETS | logins.TLS | {"password": logins.password, "role": logins.role}
     login = ways[kind](tmp_path)
-    flags = [word for name, value in login.good.items() for word in (f"--nats-{name.replace('_', '-')}", value)]
     variables = logins.environ(login.good)
     with (
         NatsServer(*login.options(tmp_path)) as server,
-        Serve(demo_model, tmp_path, "--nats-url", server.url, *flags),
+        System(server.url, demo_model, config=Config(nats=NatsConfig(**login.good))),
     ):
         program, told = printed("nats", "--nats-url", server.url, **variables)
         assert "demo model" not in told and ("password" not in login.good or login.good["password"] not in program)

@@ -52,7 +52,7 @@ def check(serve: Serve, settings: dict[str, str], variables: dict[str, str]) -> 
 @pytest.mark.parametrize("kind", OWN)
 def test_the_commands_work_on_our_own_broker(kind: str, tmp_path: Path, criteo_model: Path):
     """They are the first that a new user tries."""
-    with Serve(criteo_model, tmp_path, *flags(OWN[kind])) as serve:
+    with Serve(criteo_model, tmp_path, "--grpc-processes", "1", *flags(OWN[kind])) as serve:
         check(serve, OWN[kind], logins.environ(OWN[kind]))
 
 

@@ -4,6 +4,7 @@ import asyncio
 import os
 import re
 import subprocess
+import time
 from pathlib import Path
 
 import nkeys
@@ -14,7 +15,7 @@ from narsil_stream.core.config import ConfigError, NatsConfig, load
 from narsil_stream.core.config.rules import FILES
 from narsil_stream.schemas.errors import Fault, Refused
 from tests import logins
-from tests.support import NatsServer, invoke, narsil, plain_environ
+from tests.support import PATIENCE_S, NatsServer, invoke, narsil, plain_environ
 
 WAYS = logins.SECRETS | logins.TLS
 TIMEOUT_S = 0.5
@@ -86,6 +87,25 @@ def test_a_wrong_login_is_told_from_a_missing_broker(way: str, tmp_path: Path):
             assert refused.fault is Fault.UNAUTHENTICATED
             assert refused.detail.startswith(f"the NATS server at {server.url} refuses this login")
             assert not any(value in refused.detail for value in login.wrong.values())
+
+
+def test_a_wrong_login_is_refused_at_once(tmp_path: Path):
+    """Asking again for ten seconds only keeps an operator waiting for the reason."""
+    login = logins.password(tmp_path)
+    with NatsServer(*login.options(tmp_path)) as server:
+        started = time.monotonic()
+        with pytest.raises(Refused):
+            asyncio.run(Bus(NatsConfig(url=server.url, **login.wrong), "refused").connect(PATIENCE_S))
+        assert time.monotonic() - started < PATIENCE_S / 2
+
+
+def test_a_login_that_one_server_refuses_is_let_in_by_another(tmp_path: Path):
+    """Servers of a list may learn a new login one after the other."""
+    login = logins.password(tmp_path)
+
+    with NatsServer(*login.options(tmp_path)) as server, NatsServer() as other:
+        for urls in (f"{server.url},{other.url}", f"{other.url}, {server.url}"):
+            assert answer(NatsConfig(url=urls, **login.wrong)) == b"answer"
 
 
 @pytest.mark.parametrize("way", logins.TLS)

@@ -14,15 +14,21 @@ from typing import Any, Self
 
 from tests.support import PATIENCE_S, narsil, until
 
+POLL_S = 0.03
+"""Asking costs the processes under test time that they need to start."""
+
 
 class Serve:
-    """`with Serve(model, tmp_path, "--executor-executors", "2") as serve`: entered once it says that it is ready."""
+    """`with Serve(model, tmp_path, "--executor-executors", "2") as serve`: entered once it says that it is ready.
+
+    Without a gRPC gateway, unless the options have one: most tests ask it nothing.
+    """
 
     def __init__(self, model: Path | None, folder: Path, *options: str | Path) -> None:
         self.log = folder / "serve.log"
         ports = ["--http-port", "0", "--grpc-port", "0", "--metrics-port", "0", "--nats-port", "0"]
         models = ["--model", model] if model is not None else []
-        self._arguments = ["serve", *models, "--data-dir", folder, *ports, *options]
+        self._arguments = ["serve", *models, "--data-dir", folder, *ports, "--grpc-processes", "0", *options]
         self.process: subprocess.Popen[bytes] | None = None
         self.metrics_port = 0
         self._seen: set[int] = set()
@@ -31,7 +37,7 @@ class Serve:
         with self.log.open("wb") as log:
             self.process = narsil(*self._arguments, stdout=log, stderr=log, stdin=subprocess.DEVNULL)
         try:
-            found = until(self._ready, "narsil serve is ready")
+            found = until(self._ready, "narsil serve is ready", every_s=POLL_S)
             self.metrics_port = int(found[1])
         except BaseException:
             print(self.log.read_text())
@@ -82,6 +88,15 @@ class Serve:
 
     def pids(self, kind: str) -> list[int]:
         return [row["pid"] for row in self.actors() if row["kind"] == kind and row["pid"]]
+
+    def until_up(self, kind: str, count: int = 1) -> None:
+        """Returns when there are so many processes of a kind again, and all is healthy."""
+
+        def up() -> bool:
+            health = self.health()
+            return bool(health["healthy"]) and count == len([1 for row in health["actors"] if row["kind"] == kind])
+
+        until(up, f"{count} times {kind}, healthy", every_s=POLL_S)
 
     @property
     def http_port(self) -> int:

@@ -11,7 +11,6 @@ from tests.asking import some_rows
 from tests.door import Door
 from tests.faults.serving import Serve
 from tests.faults.traffic import Traffic
-from tests.support import until
 
 MANY = 300
 
@@ -37,17 +36,13 @@ def test_a_loaded_model_outlives_each_executor_and_an_unloaded_one_stays_away(tm
                 traffic.answered(MANY)
                 os.kill(victim, signal.SIGKILL)
                 traffic.answered(MANY)
-                until(lambda gone=victim: renewed(serve, gone), "two executors again")
+                with traffic.gentle():
+                    serve.until_up("executor", 2)
                 assert door.index() == served
         assert not set(before) & set(serve.pids("executor"))
         details = {row["detail"] for row in serve.actors() if row["kind"] == "executor"}
         assert details == {"loaded 1 on cpu (reference, fp64)"}
     assert not traffic.bad, traffic.ended
-
-
-def renewed(serve: Serve, gone: int) -> bool:
-    pids = serve.pids("executor")
-    return gone not in pids and len(pids) == 2 and bool(serve.health()["healthy"])
 
 
 def test_a_system_without_a_model_starts_and_is_ready_for_its_first_one(tmp_path: Path) -> None:

@@ -62,7 +62,8 @@ def test_the_supervisor_and_its_parts_share_a_key(tmp_path: Path, criteo_model: 
                 traffic.answered(MANY)
                 (pid,) = serve.pids("batcher")
                 os.kill(pid, signal.SIGKILL)
-                until(lambda: serve.pids("batcher") not in ([], [pid]) and serve.health()["healthy"], "it is back")
+                with traffic.gentle():
+                    until(lambda: serve.pids("batcher") not in ([], [pid]) and serve.health()["healthy"], "it is back")
                 traffic.answered(MANY)
             assert "wrong" not in traffic.bad
             assert serve.interrupt() == 0

@@ -25,7 +25,8 @@ def test_an_executor_killed_under_load_is_noticed_by_nobody(criteo_model: Path, 
                 traffic.answered(MANY)
                 os.kill(serve.pids("executor")[0], signal.SIGKILL)
                 traffic.answered(MANY)
-                until(lambda: len(serve.pids("executor")) == 2 and serve.health()["healthy"], "a new executor")
+                with traffic.gentle():
+                    serve.until_up("executor", 2)
         assert not traffic.bad, traffic.ended
 
 
@@ -39,7 +40,8 @@ def test_a_batcher_killed_under_load_loses_no_request_of_gateways_and_clients(
                 traffic.answered(MANY)
                 os.kill(serve.pids("batcher")[0], signal.SIGKILL)
                 traffic.answered(MANY)
-                until(lambda: len(serve.pids("batcher")) == 2 and serve.health()["healthy"], "a new batcher")
+                with traffic.gentle():
+                    serve.until_up("batcher", 2)
         assert not traffic.bad, traffic.ended
 
 
@@ -55,7 +57,8 @@ def test_a_killed_process_is_known_to_be_gone_long_before_its_lease_is_over(
                 traffic.answered(MANY)
                 os.kill(serve.pids(kind)[0], signal.SIGKILL)
                 traffic.answered(MANY)
-                until(lambda: len(serve.pids(kind)) == 2 and serve.health()["healthy"], f"a new {kind}")
+                with traffic.gentle():
+                    serve.until_up(kind, 2)
         assert not traffic.bad, traffic.ended
         assert traffic.slowest_s < BUDGET_S / 2
 
@@ -72,7 +75,8 @@ def test_a_batcher_killed_together_with_its_executor_loses_no_request_of_gateway
                 assert batcher in serve.pids("executor")
                 os.kill(batcher, signal.SIGKILL)
                 traffic.answered(MANY)
-                until(lambda: len(serve.pids("batcher")) == 2 and serve.health()["healthy"], "a new pair")
+                with traffic.gentle():
+                    serve.until_up("batcher", 2)
         assert not traffic.bad, traffic.ended
 
 

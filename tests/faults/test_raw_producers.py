@@ -124,7 +124,7 @@ def test_a_batcher_that_joins_and_leaves_costs_a_plain_producer_nothing(criteo_m
             for _ in range(2):
                 os.kill(serve.pids("batcher")[0], signal.SIGTERM)
                 more(producer, 1_000)
-                until(lambda: len(serve.pids("batcher")) == 2 and serve.health()["healthy"], "two batchers again")
+                serve.until_up("batcher", 2)
         assert set(producer.ended) == {"right"}, producer.ended
 
 
@@ -137,7 +137,7 @@ def test_killed_batchers_and_executors_cost_a_plain_producer_time_outs_at_most(
             for kind in ("batcher", "executor", "batcher"):
                 os.kill(serve.pids(kind)[0], signal.SIGKILL)
                 more(producer, 1_000)
-                until(lambda k=kind: len(serve.pids(k)) == 2 and serve.health()["healthy"], f"two {kind}s again")
+                serve.until_up(kind, 2)
         assert set(producer.ended) <= {"right", "no answer"}, producer.ended
 
 

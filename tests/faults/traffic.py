@@ -6,7 +6,7 @@ import json
 import threading
 import time
 from collections import Counter
-from collections.abc import Awaitable, Callable
+from collections.abc import Awaitable, Callable, Iterator
 from pathlib import Path
 from typing import Any, Self
 
@@ -22,6 +22,7 @@ from tests.support import PATIENCE_S, expected, until
 
 ROWS = 500
 BUDGET_S = 10.0
+REST_S = 0.1
 
 
 class Traffic:
@@ -52,7 +53,7 @@ class Traffic:
         self._http, self._nats, self._callers, self._retry = http, nats, callers, retry
         self.ended: Counter[str] = Counter()
         self.slowest_s = 0.0
-        self._asking = 0
+        self._rest_s = 0.0
         self._enough = threading.Event()
         self._thread = threading.Thread(target=lambda: uvloop.run(self._run()), name="traffic", daemon=True)
 
@@ -75,6 +76,15 @@ class Traffic:
         """Returns when one more request has ended so."""
         goal = self.ended[how] + 1
         until(lambda: self.ended[how] >= goal, f"a request that ends as {how}; so far {self.ended}")
+
+    @contextlib.contextmanager
+    def gentle(self) -> Iterator[None]:
+        """Callers rest between their requests: a process that starts beside full load takes many times as long."""
+        self._rest_s = REST_S
+        try:
+            yield
+        finally:
+            self._rest_s = 0.0
 
     @property
     def good(self) -> int:
@@ -112,6 +122,8 @@ class Traffic:
             else:
                 self.ended[self._judged(scores, rows)] += 1
             self.slowest_s = max(self.slowest_s, time.monotonic() - started)
+            if self._rest_s:
+                await asyncio.sleep(self._rest_s)
 
     def _judged(self, scores: list[float], rows: list[int]) -> str:
         by = (how for how, known in self._expected.items() if np.allclose(scores, known[rows], rtol=0, atol=1e-6))

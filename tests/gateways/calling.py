@@ -1,5 +1,6 @@
 """Ways to ask the gRPC gateway: Triton's client, and bytes on a channel that no client library looks at."""
 
+import queue
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any, NamedTuple
@@ -11,9 +12,10 @@ from numpy.typing import NDArray
 
 from narsil_stream.schemas.protobuf import SERVICE, message_class
 from tests.asking import Rows
-from tests.support import PATIENCE_S
+from tests.support import PATIENCE_S, System
 
 Scores = NDArray[np.float32]
+MINUTE_US = 60_000_000
 
 
 @contextmanager
@@ -52,6 +54,11 @@ def infer_message(rows: Rows, *, typed: bool = False, ids: str = "INT64", id: st
     for name, value in parameters.items():
         message.parameters[name].int64_param = value
     return message
+
+
+def one(rows: Rows, row: int, timeout: int = MINUTE_US) -> Any:
+    """A request for one row."""
+    return infer_message(rows.part(row), id=str(row), timeout=timeout)
 
 
 class GrpcAnswer(NamedTuple):
@@ -99,3 +106,31 @@ def ended(future: Any) -> GrpcAnswer:
     trailing = dict(future.trailing_metadata() or ())
     body = future.result() if code is grpc.StatusCode.OK else b""
     return GrpcAnswer(code, future.details(), body, trailing)
+
+
+def gauge(system: System, kind: str, name: str, **labels: str) -> float:
+    (actor,) = system.actors(kind)
+    return actor.registry.get_sample_value(name, labels) or 0.0
+
+
+class Stream:
+    """A ModelStreamInfer call, with requests and answers as messages."""
+
+    def __init__(self, call: GrpcCaller) -> None:
+        self._requests: queue.Queue[Any] = queue.Queue()
+        method = call.channel.stream_stream(
+            f"/{SERVICE.full_name}/ModelStreamInfer",
+            request_serializer=lambda message: message if isinstance(message, bytes) else message.SerializeToString(),
+            response_deserializer=message_class("ModelStreamInferResponse").FromString,
+        )
+        self.call = method(iter(self._requests.get, None), timeout=20)
+
+    def send(self, *messages: Any) -> None:
+        for message in messages:
+            self._requests.put(message)
+
+    def half_close(self) -> None:
+        self._requests.put(None)
+
+    def next(self) -> Any:
+        return next(self.call)

@@ -1,12 +1,11 @@
-"""The gRPC gateway when the backend is slow, callers leave, streams are long, and the process is told to stop."""
+"""The gRPC gateway when the backend is slow, callers leave, streams are long, and it is drained."""
 
 import queue
-import signal
 import subprocess
 import sys
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
@@ -23,11 +22,21 @@ from narsil_stream.gateways.grpc_stream import STREAM_OPEN
 from narsil_stream.schemas.protobuf import SERVICE, message_class
 from tests.asking import Rows, some_rows
 from tests.doubles import Gate
-from tests.gateways.calling import GrpcAnswer, GrpcCaller, close, ended, infer_message, triton_client, triton_inputs
-from tests.support import NatsServer, System, narsil, until
+from tests.gateways.calling import (
+    MINUTE_US,
+    GrpcCaller,
+    Stream,
+    close,
+    ended,
+    gauge,
+    infer_message,
+    one,
+    triton_client,
+    triton_inputs,
+)
+from tests.support import NatsServer, System, until
 
 QUEUE_ROWS = 10
-MINUTE_US = 60_000_000
 OK = grpc.StatusCode.OK
 
 
@@ -53,16 +62,6 @@ def call(system: System) -> Iterator[GrpcCaller]:
 @pytest.fixture(scope="module")
 def rows(criteo_model: Path) -> Rows:
     return some_rows(criteo_model, 64)
-
-
-def one(rows: Rows, row: int, timeout: int = MINUTE_US) -> Any:
-    """A request for one row."""
-    return infer_message(rows.part(row), id=str(row), timeout=timeout)
-
-
-def gauge(system: System, kind: str, name: str, **labels: str) -> float:
-    (actor,) = system.actors(kind)
-    return actor.registry.get_sample_value(name, labels) or 0.0
 
 
 def waiting_rows(system: System) -> float:
@@ -232,29 +231,6 @@ def test_more_calls_than_a_gateway_works_on_are_refused(
 # Streams
 
 
-class Stream:
-    """A ModelStreamInfer call, with requests and answers as messages."""
-
-    def __init__(self, call: GrpcCaller) -> None:
-        self._requests: queue.Queue[Any] = queue.Queue()
-        method = call.channel.stream_stream(
-            f"/{SERVICE.full_name}/ModelStreamInfer",
-            request_serializer=lambda message: message if isinstance(message, bytes) else message.SerializeToString(),
-            response_deserializer=message_class("ModelStreamInferResponse").FromString,
-        )
-        self.call = method(iter(self._requests.get, None), timeout=20)
-
-    def send(self, *messages: Any) -> None:
-        for message in messages:
-            self._requests.put(message)
-
-    def half_close(self) -> None:
-        self._requests.put(None)
-
-    def next(self) -> Any:
-        return next(self.call)
-
-
 def test_a_stream_answers_what_is_ready_and_keeps_many_requests_open(
     system: System, call: GrpcCaller, rows: Rows, gate: Gate
 ) -> None:
@@ -383,117 +359,9 @@ def test_a_draining_gateway_says_so_first_then_answers_what_is_open_and_closes_l
     drained.result(20)
 
 
-def told_to_go_elsewhere(answer: GrpcAnswer) -> bool:
-    """Before the request was accepted."""
-    return answer.code is grpc.StatusCode.UNAVAILABLE and answer.detail == "this gateway is stopping"
-
-
 def accepts(port: int) -> bool:
     with GrpcCaller(port) as call:
         return call("ServerLive", b"", timeout=2.0).code is OK
-
-
-def test_sigterm_under_load_from_64_connections_loses_no_request(
-    nats_server: NatsServer, criteo_model: Path, tmp_path: Path, free_port: int
-) -> None:
-    """Every deployment does it to every process. The callers here come until readiness is gone, as with a balancer."""
-    rows = some_rows(criteo_model, 64)
-    log = tmp_path / "gateway.log"
-    ended_as: list[str] = []
-
-    def ask_while_ready(row: int) -> None:
-        with GrpcCaller(free_port) as call:
-            while ready(call):
-                answer = call("ModelInfer", one(rows, row))
-                if told_to_go_elsewhere(answer):  # it was slow between asking whether it is ready and this
-                    return
-                right = answer.code is OK and close(answer.scores, rows.part(row))
-                ended_as.append("right" if right else str(answer))
-
-    def run(gateway: Any) -> None:
-        with GrpcCaller(free_port) as call:
-            until(lambda: ready(call), "it is ready")
-        with ThreadPoolExecutor(64) as threads:
-            callers = [threads.submit(ask_while_ready, row) for row in range(64)]
-            until(lambda: len(ended_as) > 500, "it is busy")
-            gateway.send_signal(signal.SIGTERM)
-            for caller in callers:
-                caller.result(20)
-        assert gateway.wait(20) == 0, log.read_text()
-
-    with System(nats_server.url, criteo_model):
-        with_gateway(run, log, "--nats-url", nats_server.url, "--door", "grpc", "--grpc-port", str(free_port))
-    assert set(ended_as) == {"right"}, [how for how in ended_as if how != "right"][:3]
-    assert "Traceback" not in log.read_text()
-
-
-def test_callers_who_never_look_at_readiness_get_an_answer_to_all_that_was_accepted(
-    nats_server: NatsServer, criteo_model: Path, tmp_path: Path, free_port: int
-) -> None:
-    """Newcomers are turned away with the code that tells clients to try elsewhere, never once a batcher has them."""
-    rows = some_rows(criteo_model, 64)
-    log = tmp_path / "gateway.log"
-    codes: list[grpc.StatusCode] = []
-
-    def ask_until_refused(row: int) -> None:
-        with GrpcCaller(free_port) as call:
-            while not codes or codes[-1] is OK:
-                codes.append(call("ModelInfer", one(rows, row)).code)
-
-    def run(gateway: Any) -> None:
-        with GrpcCaller(free_port) as call:
-            until(lambda: ready(call), "it is ready")
-        with ThreadPoolExecutor(64) as threads:
-            callers = [threads.submit(ask_until_refused, row) for row in range(64)]
-            until(lambda: len(codes) > 500, "it is busy")
-            gateway.send_signal(signal.SIGTERM)
-            for caller in callers:
-                caller.result(20)
-        assert gateway.wait(20) == 0, log.read_text()
-
-    with System(nats_server.url, criteo_model) as system:
-        with_gateway(run, log, "--nats-url", nats_server.url, "--door", "grpc", "--grpc-port", str(free_port))
-        accepted = gauge(system, "batcher", "narsil_requests_offered_total")
-    assert accepted == codes.count(OK)
-    assert set(codes) <= {OK, grpc.StatusCode.UNAVAILABLE}
-
-
-def with_gateway(run: Callable[[Any], None], log: Path, *options: str) -> None:
-    with log.open("wb") as err:
-        gateway = narsil("gateway", *options, stderr=err)
-        try:
-            run(gateway)
-        finally:
-            gateway.kill()
-            gateway.communicate()
-
-
-def ready(call: GrpcCaller) -> bool:
-    answer = call("ServerReady", b"", timeout=5.0)
-    return answer.code is OK and message_class("ServerReadyResponse").FromString(answer.body).ready
-
-
-def test_both_doors_of_one_process_are_open(
-    nats_server: NatsServer, criteo_model: Path, tmp_path: Path, free_port: int
-) -> None:
-    """Small installations run one gateway process, and one with everything in mode inline."""
-    rows = some_rows(criteo_model, 3)
-    for mode in ("batch", "inline"):
-        log = tmp_path / f"{mode}.log"
-        options = ["--mode", mode, "--model", str(criteo_model), "--nats-url", nats_server.url]
-        ports = ["--http-port", "0", "--grpc-port", str(free_port), "--metrics-port", "0"]
-
-        def run(_: Any, log: Path = log) -> None:
-            until(lambda: log.read_text().count("gateway-") >= 2, "both gateways are ready")
-            with triton_client(free_port) as client:
-                until(client.is_server_ready, "it is ready")
-                assert close(client.infer("ctr", triton_inputs(rows)).as_numpy("scores"), rows)
-
-        if mode == "batch":
-            with System(nats_server.url, criteo_model):
-                with_gateway(run, log, *options, *ports)
-        else:
-            with_gateway(run, log, *options, *ports)
 
 
 def test_nothing_is_left_of_a_thread_that_asks_while_it_ends(system: System, rows: Rows) -> None:

@@ -15,7 +15,7 @@ from narsil_stream.core.config import Config, HttpConfig
 from narsil_stream.gateways.http1 import Connection, Http1Server
 from narsil_stream.gateways.http1_exchange import Exchange, Scope
 from tests.asking import json_scores, some_rows
-from tests.gateways.test_http_malformed import request_bytes
+from tests.gateways.wires import request_bytes
 from tests.support import PATIENCE_S, NatsServer, System
 
 LIVE = b"GET /v2/health/live HTTP/1.1\r\nhost: x\r\n\r\n"

@@ -10,7 +10,7 @@ import pytest
 
 from tests.asking import ask_http, json_scores, some_rows
 from tests.doubles import Gate
-from tests.gateways.test_http_malformed import request_bytes
+from tests.gateways.wires import request_bytes
 from tests.support import PATIENCE_S, NatsServer, System, until
 
 INFER = b"POST /v2/models/ctr/infer HTTP/1.1\r\nhost: x\r\n"

@@ -1,10 +1,8 @@
 """Binary tensors, compressed bodies and frames that are wrong, and connections that behave badly."""
 
-import contextlib
 import gzip
 import json
 import socket
-import struct
 import threading
 import time
 import zlib
@@ -13,19 +11,14 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
-import h2.config
-import h2.connection
-import h2.events
-import h2.exceptions
-import httpx
-import numpy as np
 import psutil
 import pytest
 from msgspec.structs import replace
 
 from narsil_stream.core.config import Config, HttpConfig
-from tests.asking import HttpCaller, Rows, ask_http, infer_json, json_scores, some_rows
-from tests.support import PATIENCE_S, NatsServer, System, until
+from tests.asking import HttpCaller, Rows, ask_http, infer_json, some_rows
+from tests.gateways.wires import request_bytes, right_binary, still_answers, talk
+from tests.support import PATIENCE_S, NatsServer, System
 
 INFER = "/v2/models/ctr/infer"
 LIMIT = 1 << 20
@@ -43,13 +36,6 @@ def system(criteo_model: Path) -> Iterator[System]:
 @pytest.fixture(scope="module")
 def port(system: System) -> int:
     return system.http_port
-
-
-def still_answers(port: int, model: Path) -> bool:
-    rows = some_rows(model, 2)
-    return np.allclose(
-        json_scores(ask_http(port, "POST", INFER, infer_json(rows)).json), rows.scores, rtol=0, atol=1e-6
-    )
 
 
 Change = Callable[[dict[str, Any], bytes], tuple[dict[str, Any], bytes]]
@@ -131,10 +117,6 @@ def good_binary(rows: Rows) -> tuple[bytes, dict[str, str]]:
     head, blob = binary(rows)
     text = json.dumps(head).encode()
     return text + blob, {"Inference-Header-Content-Length": str(len(text))}
-
-
-def right_binary(answer: Any, rows: Rows) -> bool:
-    return np.allclose(json_scores(answer), rows.scores, rtol=0, atol=1e-6)
 
 
 GOOD = json.dumps({"inputs": []}).encode()
@@ -275,28 +257,6 @@ def test_a_json_bomb_is_400_in_no_time(port: int, criteo_model: Path, body: byte
     assert still_answers(port, criteo_model)
 
 
-def talk(port: int, *sent: bytes, close: bool = False) -> bytes:
-    """What comes back on a connection of its own until the server closes it, or says nothing more for 2 s."""
-    with socket.create_connection(("127.0.0.1", port), PATIENCE_S) as wire:
-        answer = b""
-        with contextlib.suppress(OSError):  # the server may have had enough of it, or has nothing more to say
-            for part in sent:
-                wire.sendall(part)
-            if close:
-                wire.shutdown(socket.SHUT_WR)
-        wire.settimeout(2)
-        with contextlib.suppress(OSError):
-            while part := wire.recv(65_536):
-                answer += part
-        return answer
-
-
-def request_bytes(rows: Rows, *headers: str, length: int | None = None) -> bytes:
-    body = json.dumps(infer_json(rows)).encode()
-    head = [f"POST {INFER} HTTP/1.1", "host: x", f"content-length: {len(body) if length is None else length}", *headers]
-    return "\r\n".join([*head, "", ""]).encode() + body
-
-
 def test_a_body_longer_than_its_length_is_a_second_request_that_is_none(port: int, criteo_model: Path) -> None:
     """The rest of the bytes must not be taken for somebody's request."""
     answer = talk(port, request_bytes(some_rows(criteo_model, 1), length=50))
@@ -361,80 +321,6 @@ def test_a_header_that_does_not_come_holds_up_nobody_and_is_cut(port: int, crite
         for wire in wires:
             wire.close()
     assert time.monotonic() - started < PATIENCE_S / 2
-
-
-# HTTP/2
-
-
-def test_http2_serves_the_same(port: int, criteo_model: Path) -> None:
-    """With prior knowledge, as proxies speak it inside a cluster; many requests on one connection."""
-    rows = some_rows(criteo_model, 40)
-    with httpx.Client(http1=False, http2=True, base_url=f"http://127.0.0.1:{port}", timeout=PATIENCE_S) as client:
-        for row in range(40):
-            one = rows.part(row)
-            answer = client.post(INFER, json=infer_json(one))
-            assert (answer.http_version, answer.status_code) == ("HTTP/2", 200)
-            assert right_binary(answer.json(), one)
-
-
-def http2(port: int) -> tuple[socket.socket, h2.connection.H2Connection]:
-    wire = socket.create_connection(("127.0.0.1", port), PATIENCE_S)
-    connection = h2.connection.H2Connection(h2.config.H2Configuration(header_encoding="utf-8"))
-    connection.initiate_connection()
-    wire.sendall(connection.data_to_send())
-    return wire, connection
-
-
-def headers(length: int | None = None) -> list[tuple[str, str]]:
-    pseudo = [(":method", "POST"), (":path", INFER), (":scheme", "http"), (":authority", "x")]
-    return pseudo + ([("content-length", str(length))] if length is not None else [])
-
-
-def test_streams_that_are_reset_free_their_place_and_harm_nobody(system: System, port: int, criteo_model: Path) -> None:
-    """CVE-2023-44487: a client that opens and resets streams as fast as it can."""
-    body = json.dumps(infer_json(some_rows(criteo_model, 1))).encode()
-    wire, connection = http2(port)
-    enough = (OSError, h2.exceptions.FlowControlError)  # the server had enough of it, or its window is used up
-    with wire, contextlib.suppress(*enough):
-        for _ in range(2_000):
-            stream = connection.get_next_available_stream_id()
-            connection.send_headers(stream, headers(len(body)))
-            connection.send_data(stream, body, end_stream=True)
-            connection.reset_stream(stream)
-            wire.sendall(connection.data_to_send())
-    assert still_answers(port, criteo_model)
-    (gateway,) = system.actors("gateway")
-    until(lambda: gateway.registry.get_sample_value("narsil_requests_open") == 0, "no request is left open")
-
-
-def test_frames_that_break_http2_end_the_connection(port: int, criteo_model: Path) -> None:
-    """A frame of a size that was never agreed on, data for a stream that was never opened, 5 bytes of settings."""
-    preface = b"PRI * HTTP/2.0\r\n\r\nSM\r\n\r\n"
-    empty_settings = b"\x00\x00\x00\x04\x00\x00\x00\x00\x00"
-    for frame in (
-        struct.pack(">I", 1 << 24)[1:] + b"\x00\x00\x00\x00\x00\x01" + b"x" * 65_536,
-        b"\x00\x00\x01\x00\x00\x00\x00\x00\x09x",
-        b"\x00\x00\x05\x04\x00\x00\x00\x00\x00hello",
-        b"\x00\x00\x04\x08\x00\x00\x00\x00\x00\x00\x00\x00\x00",
-    ):
-        talk(port, preface, empty_settings, frame)
-        assert still_answers(port, criteo_model)
-
-
-def test_a_stream_whose_body_does_not_come_is_answered_408(port: int) -> None:
-    """On HTTP/2 the connection may live on; the stream may not."""
-    wire, connection = http2(port)
-    with wire:
-        connection.send_headers(1, headers(1_000))
-        wire.sendall(connection.data_to_send())
-        wire.settimeout(PATIENCE_S)
-        status = None
-        while status is None:
-            for event in connection.receive_data(wire.recv(65_536)):
-                if isinstance(event, h2.events.ResponseReceived):
-                    status = dict(event.headers)[":status"]
-            wire.sendall(connection.data_to_send())
-    assert status == "408"
 
 
 def test_a_flood_of_bad_requests_leaves_memory_and_good_requests_as_they_were(port: int, criteo_model: Path) -> None:

@@ -2,16 +2,14 @@
 
 from narsil_stream.core.config.access import AccessConfig
 from narsil_stream.core.config.schema import (
-    BatchConfig,
     Config,
-    ExecutorConfig,
     GrpcConfig,
     HttpConfig,
     MetricsConfig,
     NatsConfig,
-    TimingConfig,
 )
 from narsil_stream.core.config.sources import ConfigError, Loaded, changed, check_doors, child_environ, load, to_environ
+from narsil_stream.core.config.work import BatchConfig, ExecutorConfig, TimingConfig
 
 __all__ = [
     "AccessConfig",
