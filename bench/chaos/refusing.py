@@ -45,7 +45,7 @@ class Refusing:
 
     def share(self, within_s: float) -> float:
         """The part that took no longer than this, which is one of the histogram's bounds."""
-        return dict(self._within)[within_s] / max(1, self.count)
+        return dict(self._within)[within_s] / self.count if self.count else 1.0
 
     def percentile_ms(self, part: float) -> float:
         """The lowest bound of the histogram that so many per cent keep."""

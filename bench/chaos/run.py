@@ -32,6 +32,8 @@ FREEZE_LEAST = 0.3
 """Length below which there would be no time to find out."""
 CALM = 0.4
 """Load under which processes are frozen: what is measured is the wait for them, not for a device."""
+PROMPT = 0.99
+"""Of refusals, those that gateways have to give within `AIM_S`."""
 SHARES = {"http": 0.4, "grpc": 0.3, "client": 0.3, "producer": 0.05}
 
 Show = Callable[[float, str], None]
@@ -256,13 +258,16 @@ def refusals(what: str, seen: Seen, refusing: Refusing) -> Row:
         f"{refusing.percentile_ms(50):g} and {refusing.percentile_ms(99):g} ms"
     )
     details = [f"half and 99 % of callers within, {', '.join(said)}", str(refusing)]
+    kept = seen.refused_without_time == 0 and refusing.share(AIM_S) >= PROMPT
+    bar = f">= {100 * PROMPT:g} % within {1e3 * AIM_S:g} ms in gateways; all say when to come back"
     figures = {
+        "without_time": seen.refused_without_time,
         "callers_p50_ms": half,
         "callers_p99_ms": most,
         "gateways_within_5_ms": refusing.share(AIM_S),
         "refused_at_door": refusing.at_door / max(1, refusing.count),
     }
-    return Row(f"refusals, {what}", "all say when to come back", text, seen.refused_without_time == 0, details, figures)
+    return Row(f"refusals, {what}", bar, text, kept, details, figures)
 
 
 def lost(seen: Seen) -> str:
