@@ -27,7 +27,8 @@ def python(folder: Path, packages: tuple[str, ...], say: Callable[[str], None]) 
         try:
             venv.create(folder, clear=True, with_pip=True, symlinks=True)
             command = [str(interpreter), "-m", "pip", "install", "--quiet", "--disable-pip-version-check", *packages]
-            done = subprocess.run(command, capture_output=True, text=True, timeout=INSTALL_S)
+            alone = {name: value for name, value in os.environ.items() if name != "PYTHONPATH"}
+            done = subprocess.run(command, capture_output=True, text=True, timeout=INSTALL_S, env=alone)
         except (OSError, subprocess.SubprocessError) as error:
             raise NotInstalled(str(error)) from error
         if done.returncode:
