@@ -105,11 +105,11 @@ def _native(precision: str, lanes: int, reason: str) -> Choice:
     return Choice("native", partial(native.load, precision=arithmetic, lanes=lanes or native.LANES), reason)
 
 
-def _torch(precision: str, _: int, reason: str) -> Choice:
+def _torch(precision: str, lanes: int, reason: str) -> Choice:
     unit = torch_family.require_unit()
     if precision == "int8":
         precision = "fp32" if unit.machine == "CPU" else "fp16"
-    return Choice("torch", partial(torch_family.load, precision=precision), reason)
+    return Choice("torch", partial(torch_family.load, precision=precision, lanes=lanes), reason)
 
 
 def _reference(precision: str, _: int, reason: str) -> Choice:

@@ -177,12 +177,17 @@ def demo_model(config: Config) -> Path:
 
 
 def _limit_threads(executor: ExecutorConfig) -> None:
-    """Must come before NumPy is imported: its libraries read these once."""
+    """Must come before NumPy is imported: its libraries read these once.
+
+    The torch family's threads never wait for each other, so two on two cores cost the others there nothing but time.
+    OpenBLAS' spin.
+    """
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-    threads = executor.threads or max(1, cores // 2 // executor.executors)
-    for variable in ("OMP_NUM_THREADS", "OPENBLAS_NUM_THREADS", "MKL_NUM_THREADS"):
-        if executor.threads or variable not in os.environ:
-            os.environ[variable] = str(threads)
+    half = cores // 2
+    for variable, most in (("OMP", max(min(cores, 2), half)), ("MKL", max(min(cores, 2), half)), ("OPENBLAS", half)):
+        name = f"{variable}_NUM_THREADS"
+        if executor.threads or name not in os.environ:
+            os.environ[name] = str(executor.threads or max(1, most // executor.executors))
 
 
 class Hopeless(click.ClickException):
