@@ -4,7 +4,7 @@ Pieces share nothing, so no thread waits for another inside the forward pass, an
 that computes it. oneDNN multiplies with weights packed once.
 """
 
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from threading import Barrier, Lock
@@ -42,14 +42,14 @@ _NUMPY_MACS = 2**17
 
 
 class CpuBackend:
-    """One model in as many threads as torch has when this is built."""
+    """One model in threads of its own, each of which computes by itself."""
 
-    def __init__(self, artifact: Artifact, precision: str, lanes: int = 0) -> None:
-        """`lanes`: 0: `LANES`, or 1 with one thread."""
+    def __init__(self, artifact: Artifact, precision: str, lanes: int = 0, threads: int = 0) -> None:
+        """`lanes` 0: `LANES`, or 1 with one thread; `threads` 0: as many as torch has now."""
         self._spec, self._precision = artifact.spec, precision
         self._packing = Packing(artifact.spec)
         self._network = Network(artifact, self._packing, DTYPES[precision], "cpu", Operators(_layer, _dot))
-        self._threads = torch.get_num_threads()
+        self._threads = threads or torch.get_num_threads()
         self._pool = _single_threads(self._threads) if self._threads > 1 else None
         self._lanes = (lanes or LANES) if self._pool else 1
         self._lock = Lock()
@@ -115,9 +115,11 @@ class CpuBackend:
             with self._lock:
                 self._runs -= 1
 
-    def _each(self, compute: Callable[[T], Floats], parts: Iterable[T]) -> list[Floats]:
-        """In threads of ours, or in the caller's when that is the only one: handing over has its price."""
-        return list(self._pool.map(compute, parts) if self._pool else map(compute, parts))
+    def _each(self, compute: Callable[[T], Floats], parts: Sequence[T]) -> list[Floats]:
+        """In threads of ours; one part in the caller's, if that computes by itself too: handing over has its price."""
+        if not self._pool or (len(parts) == 1 and torch.get_num_threads() == 1):
+            return list(map(compute, parts))
+        return list(self._pool.map(compute, parts))
 
     def _logits(self, batch: RaggedBatch, rows: int) -> Floats:
         packed = self._packing.pack(batch, rows)
@@ -127,17 +129,19 @@ class CpuBackend:
 
 
 def _piece_rows(rows: int, threads: int) -> int:
-    """Of equal pieces: a short one at the end costs more than its share."""
+    """Of equal pieces, as many for each thread: a short one at the end costs more than its share."""
     shares = min(threads, max(rows // _SHARE_ROWS, 2 if rows >= _SECOND_ROWS else 1))
-    return _round_up(-(-rows // max(shares, -(-rows // _PIECE_ROWS))))
+    count = shares * -(-rows // (shares * _PIECE_ROWS))
+    return _round_up(-(-rows // count))
 
 
 def _single_threads(count: int) -> ThreadPoolExecutor:
     """Threads in which a torch operator takes no other thread. Elsewhere torch keeps the number that it had."""
+    before = torch.get_num_threads()
     pool = ThreadPoolExecutor(count, "narsil-torch", _alone)
     together = Barrier(count)
     list(pool.map(lambda _: together.wait(), range(count)))  # all have started: the setting is torch's default as well
-    torch.set_num_threads(count)
+    torch.set_num_threads(before)
     return pool
 
 
