@@ -22,6 +22,13 @@ SMALL_MACS = 200_000
 """Multiply-adds for a row below which NumPy beats torch's calls at the batch sizes of a CPU: docs/decisions.md."""
 
 
+class Width(NamedTuple):
+    """How much at once; 0: as a family likes best."""
+
+    lanes: int
+    threads: int
+
+
 class Choice(NamedTuple):
     name: str
     load: Loader
@@ -29,9 +36,12 @@ class Choice(NamedTuple):
     """For logs: why this one."""
 
 
-def choose(backend: str, precision: str, spec: ModelSpec, lanes: int = 0, pace: noop.Pace = noop.AT_ONCE) -> Choice:
+def choose(
+    backend: str, precision: str, spec: ModelSpec, lanes: int = 0, pace: noop.Pace = noop.AT_ONCE, threads: int = 0
+) -> Choice:
     """`backend`: a family's name or "auto"; `precision`: fp32, bf16, fp16, int8 or "auto"; `spec`: what will be loaded;
-    `lanes`: batches at once, of a family that can; 0: as many as it likes best; `pace`: of the backend noop.
+    `lanes`: batches at once, of a family that can; 0: as many as it likes best; `pace`: of the backend noop;
+    `threads`: of a family that has its own on a CPU; 0: as many as its library would take.
 
     int8 asks for INT8 rows, with the fastest arithmetic of the family that stays within 2e-3 of the reference on them:
     fp16 on a GPU, fp32 on a CPU. Raises Unfit.
@@ -45,15 +55,15 @@ def choose(backend: str, precision: str, spec: ModelSpec, lanes: int = 0, pace: 
     if backend == NOOP:
         return _noop(pace)
     if backend != "auto":
-        return _BUILD[backend](precision, lanes, "as configured")
-    return _fastest(precision, lanes, spec)
+        return _BUILD[backend](precision, Width(lanes, threads), "as configured")
+    return _fastest(precision, Width(lanes, threads), spec)
 
 
-def loader(backend: str, precision: str, lanes: int = 0, pace: noop.Pace = noop.AT_ONCE) -> Loader:
+def loader(backend: str, precision: str, lanes: int = 0, pace: noop.Pace = noop.AT_ONCE, threads: int = 0) -> Loader:
     """Loads each model with the family that is right for it, and logs which one and why."""
 
     def load(artifact: Path) -> Backend:
-        choice = choose(backend, precision, read_spec(artifact), lanes, pace)
+        choice = choose(backend, precision, read_spec(artifact), lanes, pace, threads)
         loaded = choice.load(artifact)
         computed = loaded.info.precision
         asked = "" if precision in ("auto", computed) else f"; {precision} was asked for"
@@ -77,7 +87,7 @@ def macs(spec: ModelSpec) -> int:
     return layers + shape.dim * vectors * (vectors - 1) // 2
 
 
-def _fastest(precision: str, lanes: int, spec: ModelSpec) -> Choice:
+def _fastest(precision: str, width: Width, spec: ModelSpec) -> Choice:
     """The first family that this machine has; the reason names what the ones before it lack."""
     lacks = []
     if importlib.util.find_spec("cupy") is None:
@@ -85,7 +95,7 @@ def _fastest(precision: str, lanes: int, spec: ModelSpec) -> Choice:
         lacks.append("no CuPy for native" + (", which the extra cuda brings: a GPU is here" if here else ""))
     else:
         try:
-            return _native(precision, lanes, "an NVIDIA GPU and CuPy are here")
+            return _native(precision, width, "an NVIDIA GPU and CuPy are here")
         except native.Unavailable as error:
             lacks.append(_cause(error))
     try:
@@ -94,25 +104,26 @@ def _fastest(precision: str, lanes: int, spec: ModelSpec) -> Choice:
         lacks.append("no locked unit of torch, FBGEMM and TorchRec for torch")
     else:
         if unit.machine != "CPU" or macs(spec) >= SMALL_MACS or precision in ("bf16", "fp16"):
-            return _torch(precision, lanes, "; ".join([*lacks, f"the locked unit for {unit.machine} is here"]))
+            return _torch(precision, width, "; ".join([*lacks, f"the locked unit for {unit.machine} is here"]))
         lacks.append(f"for {macs(spec):,} multiply-adds a row torch is no faster")
-    return _reference(precision, lanes, "; ".join(lacks))
+    return _reference(precision, width, "; ".join(lacks))
 
 
-def _native(precision: str, lanes: int, reason: str) -> Choice:
+def _native(precision: str, width: Width, reason: str) -> Choice:
     native.require_gpu()
     arithmetic = "fp16" if precision in ("auto", "int8") else precision
-    return Choice("native", partial(native.load, precision=arithmetic, lanes=lanes or native.LANES), reason)
+    return Choice("native", partial(native.load, precision=arithmetic, lanes=width.lanes or native.LANES), reason)
 
 
-def _torch(precision: str, _: int, reason: str) -> Choice:
+def _torch(precision: str, width: Width, reason: str) -> Choice:
     unit = torch_family.require_unit()
     if precision == "int8":
         precision = "fp32" if unit.machine == "CPU" else "fp16"
-    return Choice("torch", partial(torch_family.load, precision=precision), reason)
+    load = partial(torch_family.load, precision=precision, lanes=width.lanes, threads=width.threads)
+    return Choice("torch", load, reason)
 
 
-def _reference(precision: str, _: int, reason: str) -> Choice:
+def _reference(precision: str, _: Width, reason: str) -> Choice:
     from narsil_stream.kernels import reference
 
     if precision in ("bf16", "fp16"):

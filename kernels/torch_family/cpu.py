@@ -4,9 +4,10 @@ Pieces share nothing, so no thread waits for another inside the forward pass, an
 that computes it. oneDNN multiplies with weights packed once.
 """
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from threading import Barrier
+from contextlib import contextmanager
+from threading import Barrier, Lock
 from typing import Any, TypeVar
 
 import numpy as np
@@ -34,19 +35,25 @@ _SECOND_ROWS = 128
 """Fewer rows are not worth a second thread."""
 _STEP_ROWS = 16
 """Pieces are padded to multiples: oneDNN prepares code for each number of rows, once."""
+LANES = 2
+"""Batches at once, where there are threads for them: while one is ended and the next begun, no thread is idle."""
 _NUMPY_MACS = 2**17
 """Of a row's products. More of them are no faster in NumPy, and from 2^18 on its BLAS takes threads of its own."""
 
 
 class CpuBackend:
-    """One model in as many threads as torch has when this is built."""
+    """One model in threads of its own, each of which computes by itself."""
 
-    def __init__(self, artifact: Artifact, precision: str) -> None:
+    def __init__(self, artifact: Artifact, precision: str, lanes: int = 0, threads: int = 0) -> None:
+        """`lanes` 0: `LANES`, or 1 with one thread; `threads` 0: as many as torch has now."""
         self._spec, self._precision = artifact.spec, precision
         self._packing = Packing(artifact.spec)
         self._network = Network(artifact, self._packing, DTYPES[precision], "cpu", Operators(_layer, _dot))
-        self._threads = torch.get_num_threads()
+        self._threads = threads or torch.get_num_threads()
         self._pool = _single_threads(self._threads) if self._threads > 1 else None
+        self._lanes = (lanes or LANES) if self._pool else 1
+        self._lock = Lock()
+        self._runs = 0
 
     @property
     def spec(self) -> ModelSpec:
@@ -54,7 +61,7 @@ class CpuBackend:
 
     @property
     def info(self) -> BackendInfo:
-        return BackendInfo("torch", "cpu", self._precision)
+        return BackendInfo("torch", "cpu", self._precision, self._lanes)
 
     @property
     def capabilities(self) -> Capabilities:
@@ -86,19 +93,33 @@ class CpuBackend:
         """What goes into the last sigmoid. out [rows]."""
         if not batch.rows:
             return np.empty(0, np.float32)
-        shares = min(self._threads, max(batch.rows // _SHARE_ROWS, 2 if batch.rows >= _SECOND_ROWS else 1))
-        rows = min(_PIECE_ROWS, _round_up(-(-batch.rows // shares)))
-        cut = pieces(batch, rows, max_ids=np.iinfo(np.int32).max)
-        return np.concatenate(self._each(lambda piece: self._logits(piece, _round_up(piece.rows))[: piece.rows], cut))
+        with self._share() as threads:
+            cut = pieces(batch, _piece_rows(batch.rows, threads), max_ids=np.iinfo(np.int32).max)
+            found = self._each(lambda piece: self._logits(piece, _round_up(piece.rows))[: piece.rows], cut)
+        return np.concatenate(found)
 
     def unload(self) -> None:
         if self._pool:
             self._pool.shutdown()
         vars(self).pop("_network", None)
 
-    def _each(self, compute: Callable[[T], Floats], parts: Iterable[T]) -> list[Floats]:
-        """In threads of ours, or in the caller's when that is the only one: handing over has its price."""
-        return list(self._pool.map(compute, parts) if self._pool else map(compute, parts))
+    @contextmanager
+    def _share(self) -> Iterator[int]:
+        """Threads that other batches leave to one."""
+        with self._lock:
+            self._runs += 1
+            threads = max(1, self._threads // self._runs)
+        try:
+            yield threads
+        finally:
+            with self._lock:
+                self._runs -= 1
+
+    def _each(self, compute: Callable[[T], Floats], parts: Sequence[T]) -> list[Floats]:
+        """In threads of ours; one part in the caller's, if that computes by itself too: handing over has its price."""
+        if not self._pool or (len(parts) == 1 and torch.get_num_threads() == 1):
+            return list(map(compute, parts))
+        return list(self._pool.map(compute, parts))
 
     def _logits(self, batch: RaggedBatch, rows: int) -> Floats:
         packed = self._packing.pack(batch, rows)
@@ -107,13 +128,28 @@ class CpuBackend:
         return found
 
 
+def _piece_rows(rows: int, threads: int) -> int:
+    """Of equal pieces, as many for each thread: a short one at the end costs more than its share."""
+    shares = min(threads, max(rows // _SHARE_ROWS, 2 if rows >= _SECOND_ROWS else 1))
+    count = shares * -(-rows // (shares * _PIECE_ROWS))
+    return _round_up(-(-rows // count))
+
+
 def _single_threads(count: int) -> ThreadPoolExecutor:
     """Threads in which a torch operator takes no other thread. Elsewhere torch keeps the number that it had."""
-    pool = ThreadPoolExecutor(count, "narsil-torch", torch.set_num_threads, (1,))
+    before = torch.get_num_threads()
+    pool = ThreadPoolExecutor(count, "narsil-torch", _alone)
     together = Barrier(count)
     list(pool.map(lambda _: together.wait(), range(count)))  # all have started: the setting is torch's default as well
-    torch.set_num_threads(count)
+    torch.set_num_threads(before)
     return pool
+
+
+def _alone() -> None:
+    """Make this thread compute by itself. torch gives a thread its default when that first asks for a number of threads
+    or computes, whatever was set before: so it has to ask first."""
+    torch.get_num_threads()
+    torch.set_num_threads(1)
 
 
 def _layer(weight: Any, bias: Any, *, relu: bool) -> Layer:

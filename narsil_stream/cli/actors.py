@@ -57,15 +57,14 @@ def gateway(loaded: Loaded, door: str, share_port: bool, token: str) -> None:
     Example: narsil gateway --nats-url nats://broker:4222 --http-host 0.0.0.0 --access-tokens-file tokens
     """
     inline = loaded.config.mode == "inline"
-    if inline:
-        _limit_threads(loaded.config.executor)
+    threads = _limit_threads(loaded.config.executor) if inline else 0
     doors = doors_of(loaded.config) if door == "both" else (door,)
     if not doors and not inline:
         raise click.UsageError("with neither --http-processes nor --grpc-processes there is no port to open")
 
     async def start(runtime: Runtime) -> None:
         if inline:
-            await _start_executor(runtime)
+            await _start_executor(runtime, threads)
             await _start_batcher(runtime)
         for name in doors:
             await _start_door(runtime, name, share_port)
@@ -106,10 +105,10 @@ def executor(loaded: Loaded, with_batcher: bool, token: str) -> None:
 
     Example: narsil executor --nats-url nats://broker:4222 --model models/ctr --with-batcher
     """
-    _limit_threads(loaded.config.executor)
+    threads = _limit_threads(loaded.config.executor)
 
     async def start(runtime: Runtime) -> None:
-        await _start_executor(runtime)
+        await _start_executor(runtime, threads)
         if with_batcher:
             await _start_batcher(runtime)
 
@@ -139,14 +138,14 @@ async def _start_batcher(runtime: Runtime) -> None:
     await runtime.start(lambda: Batcher(runtime.config, runtime.bus))
 
 
-async def _start_executor(runtime: Runtime) -> None:
+async def _start_executor(runtime: Runtime, threads: int) -> None:
     from narsil_stream.actors.executor import Executor
     from narsil_stream.kernels import families
     from narsil_stream.kernels.noop import Pace
 
     config = runtime.config
     pace = Pace(config.executor.noop_us, config.executor.noop_row_us)
-    loader = families.loader(config.backend, config.precision, config.executor.lanes, pace)
+    loader = families.loader(config.backend, config.precision, config.executor.lanes, pace, threads)
     artifacts = repository(config)
     await runtime.start(lambda: Executor(config, runtime.bus, artifacts, loader))
 
@@ -176,13 +175,22 @@ def demo_model(config: Config) -> Path:
     return folder
 
 
-def _limit_threads(executor: ExecutorConfig) -> None:
-    """Must come before NumPy is imported: its libraries read these once."""
+def _limit_threads(executor: ExecutorConfig) -> int:
+    """Must come before NumPy is imported: its libraries read these once. What the environment has already stays.
+
+    Returns the threads of a family that has its own, each of which computes by itself: two on two cores cost the others
+    there nothing but time. Those inside a library spin while they wait. 0: as the environment says.
+    """
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-    threads = executor.threads or max(1, cores // 2 // executor.executors)
-    for variable in ("OMP_NUM_THREADS", "OPENBLAS_NUM_THREADS", "MKL_NUM_THREADS"):
-        if executor.threads or variable not in os.environ:
-            os.environ[variable] = str(threads)
+    own = executor.threads or max(1, max(min(cores, 2), cores // 2) // executor.executors)
+    inside = executor.threads or max(1, cores // 2 // executor.executors)
+    if "OMP_NUM_THREADS" in os.environ and not executor.threads:
+        own = 0
+    for variable, count in (("OMP", 1), ("MKL", 1), ("OPENBLAS", inside)):
+        name = f"{variable}_NUM_THREADS"
+        if executor.threads or name not in os.environ:
+            os.environ[name] = str(count)
+    return own
 
 
 class Hopeless(click.ClickException):

@@ -171,7 +171,7 @@ def test_int8_is_exact_arithmetic_on_a_cpu_and_fp16_on_a_gpu(
     """Who asks for INT8 rows by name is promised 2e-3; BF16 behind them is off by more."""
     asked: dict[str, str] = {}
 
-    def load(artifact: Path, *, precision: str) -> None:
+    def load(artifact: Path, *, precision: str, **_: int) -> None:
         asked["precision"] = precision
 
     monkeypatch.setattr(torch_family, "load", load)

@@ -156,7 +156,8 @@ class ExecutorConfig(Struct, frozen=True, forbid_unknown_fields=True):
         Meta(
             ge=0,
             le=16,
-            description="Batches that one model computes at the same time, where its backend can (native). 0: as many "
+            description="Batches that one model computes at the same time, where its backend can (native; torch on "
+            "several threads of a CPU). 0: as many "
             "as the backend does best with. More: rows a second, until the device is full; then latency, and more of "
             "the device's memory.",
         ),
@@ -176,8 +177,9 @@ class ExecutorConfig(Struct, frozen=True, forbid_unknown_fields=True):
         Meta(
             ge=0,
             le=256,
-            description="Processor threads that one executor computes with. 0: half of the cores, divided by "
-            "executor.executors. Larger: less left for batchers and gateways on the same host.",
+            description="Processor threads that one executor computes with. 0: half of the cores, with torch two "
+            "at least where there are two, divided by executor.executors. Larger: less left for batchers and gateways "
+            "on the same host.",
         ),
     ] = 0
     noop_us: Annotated[
