@@ -16,6 +16,8 @@ CALM_US = LEASE_US + 4 * BEAT_US
 """After the last fault, for leases to end and slots to come back."""
 BURST = 25
 """Requests in the last burst, for each executor."""
+BURSTS = 3
+"""Until all slots were seen in use."""
 REQUESTS = 200
 """At least, in each run."""
 
@@ -77,11 +79,23 @@ def play(world: World) -> None:
 
 
 def burst(world: World) -> None:
-    """Every request is scored, or refused for want of room, and each executor uses all its slots."""
-    referee, before = world.referee, len(world.referee.ended)
+    """Every request is scored, or refused for want of room, and each executor uses all its slots at once: in one of
+    some bursts, as a slot may be between two batchers while the work of one of them lasts."""
+    referee = world.referee
     for executor in world.executors:
         executor.most_inside = 0
-    asked = max(BURST * len(world.executors), REQUESTS - before)
+    asked = max(BURST * len(world.executors), REQUESTS - len(referee.ended))
+    for _ in range(BURSTS):
+        _ask_at_once(world, asked)
+        unused = [executor for executor in world.executors if executor.most_inside < executor.slots]
+        if not unused:
+            return
+    for executor in unused:
+        referee.fail(f"{executor.name} uses {executor.most_inside} of its {executor.slots} slots")
+
+
+def _ask_at_once(world: World, asked: int) -> None:
+    referee, before = world.referee, len(world.referee.ended)
     for at in range(0, asked, BURST):
         world.ask(min(BURST, asked - at), budget_us=2_000_000, rows=16)
     end_us = world.now + 2_000_000
@@ -92,6 +106,3 @@ def burst(world: World) -> None:
     how = set(list(referee.ended.values())[before:])
     if not how <= {"scored", "OVERLOADED"}:
         referee.fail(f"in calm weather, too, requests ended {', '.join(sorted(how))}")
-    for executor in world.executors:
-        if executor.most_inside < executor.slots:
-            referee.fail(f"{executor.name} uses {executor.most_inside} of its {executor.slots} slots")
