@@ -23,17 +23,21 @@ class Caller(Struct, frozen=True, gc=False):
     spelling: codec.Spelling = codec.Spelling.MSGPACK
 
 
+Answered = tuple[int, InferAnswer, bool]
+
+
 class Answering:
     """Collects the answers of one turn of the event loop; `send` lets them go."""
 
     def __init__(self, bus: Bus, batcher: str) -> None:
         self._bus = bus
         self._batcher = batcher
-        self._waiting: dict[str, list[tuple[int, InferAnswer]]] = defaultdict(list)
+        self._waiting: dict[str, list[Answered]] = defaultdict(list)
 
-    def answer(self, caller: Caller, answer: InferAnswer) -> None:
+    def answer(self, caller: Caller, answer: InferAnswer, *, by_deadline: bool = False) -> None:
+        """`by_deadline`: see `Answers`."""
         if caller.slot >= 0:
-            self._waiting[caller.reply].append((caller.slot, answer))
+            self._waiting[caller.reply].append((caller.slot, answer, by_deadline))
             return
         headers = None
         if answer.fault:
@@ -52,10 +56,11 @@ class Answering:
             for reply, answered in waiting.items():
                 self._send(reply, answered)
 
-    def _send(self, reply: str, answered: list[tuple[int, InferAnswer]]) -> None:
-        slots, answers = zip(*answered, strict=True)
+    def _send(self, reply: str, answered: list[Answered]) -> None:
+        slots, answers, _ = zip(*answered, strict=True)
+        by_deadline = tuple([slot for slot, _, so in answered if so])
         try:
-            self._bus.send(reply, Answers(self._batcher, slots, answers))
+            self._bus.send(reply, Answers(self._batcher, slots, answers, by_deadline))
         except Refused as refused:
             if refused.fault is Fault.TOO_LARGE and len(answered) > 1:
                 middle = len(answered) // 2

@@ -37,8 +37,9 @@ class Cutting:
             if model in executor.models
             and (head := queue.head()) is not None
             and self.ripe_us(model, queue, rules) <= now_us
+            and self.held_back_us(executor, model, queue, rules, now_us) <= now_us
         ]
-        if all(self.held_back_us(executor, model, self._queues[model], rules, now_us) > now_us for *_, model in ready):
+        if not ready:
             return None
         priority, *_, model = min(ready)
         aged = self._aged([model for *_, model in ready], priority, now_us) if self._ageing.share else None
@@ -72,13 +73,14 @@ class Cutting:
         if not rules.coalesce or self._fills(queue, rules):
             return 0
         times = self._forecast.times
-        until_us = staged_us(executor, times.overhead_us, now_us)
+        until_us = staged_us(executor, model, times.overhead_us, now_us)
         due_us = queue.earliest_deadline()
         if rules.consolidate and due_us is not None:
             if rules.slo_us:
                 due_us = min(due_us, queue.since_us + rules.slo_us)
             pass_us = times.predict(model, queue.work)
-            until_us = max(until_us, spared_us(executor, self._executors.serving(model), pass_us, due_us, now_us))
+            serving = self._executors.serving(model)
+            until_us = max(until_us, spared_us(executor, model, serving, pass_us, due_us, now_us))
         return until_us
 
     def alarms(self, model: ModelKey, queue: Queue, rules: Rules, now_us: int) -> list[int]:
@@ -95,7 +97,7 @@ class Cutting:
     ) -> list[Ticket]:
         queue, times = self._queues[model], self._forecast.times
         before, since_us = queue.work, queue.since_us
-        starts_us = now_us + executor.remaining_us(now_us) + times.overhead_us
+        starts_us = now_us + executor.remaining_us(model, now_us) + times.overhead_us
 
         def in_time(due_us: int) -> int:
             return times.most(model, due_us - starts_us, max(before, 1))

@@ -136,11 +136,12 @@ class Endings:
             self._metrics.requests.ended_badly(refused.fault.name)
         else:
             self._metrics.requests.refused(refused.fault.name)
-        self._answer_error(caller, refused.fault, refused.detail, refused.retry_after_us)
+        self._answer_error(caller, refused.fault, refused.detail, refused.retry_after_us, refused.by_deadline)
 
-    def _answer_error(self, caller: Caller, fault: Fault, detail: str, retry_after_us: int) -> None:
+    def _answer_error(
+        self, caller: Caller, fault: Fault, detail: str, retry_after_us: int, by_deadline: bool = False
+    ) -> None:
         self.stats.num_errors += 1
         self.stats.last_error = f"{fault.http}: {detail}"
-        self._answering.answer(
-            caller, InferAnswer(caller.id, fault=fault.name, detail=detail, retry_after_us=retry_after_us)
-        )
+        answer = InferAnswer(caller.id, fault=fault.name, detail=detail, retry_after_us=retry_after_us)
+        self._answering.answer(caller, answer, by_deadline=by_deadline)

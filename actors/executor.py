@@ -213,8 +213,10 @@ class Executor(Actor[Message]):
             return
         self._shelf.running[key] += 1
         deadline_us = now_us() + batch.budget_us
-        if self._brevity.expected(model.backend, batch.rows) and self._lanes.idle:
-            self._finish(Computed(batch, self._result(model, batch, deadline_us), model))
+        if self._brevity.expected(model.backend, batch.rows) and self._lanes.claim(key):
+            result = self._result(model, batch, deadline_us)
+            self._lanes.release(key)
+            self._finish(Computed(batch, result, model))
             return
         compute = partial(self._compute, model, batch, deadline_us, asyncio.get_running_loop())
         self._lanes.put(Work(key, model.card.lanes, compute))
@@ -310,7 +312,7 @@ class Executor(Actor[Message]):
                 self._shelf.retiring_refs(),
                 tuple(sorted(self._shelf.unloaded)),
                 self._ledger.waiting(),
-                self._width(),
+                tuple(model.card.lanes for model in self._shelf.offered.values()),
             ),
         )
 

@@ -104,7 +104,9 @@ class Executor:
     """In this process: no hop over the broker lies between."""
     slots: int = 0
     lanes: int = 1
-    """Batches that it computes at once."""
+    """Batches that it computes at once ..."""
+    of_each: dict[ModelKey, int] = field(default_factory=dict)
+    """... and of a model. Of others as many as there are lanes."""
     up: bool = True
     free: dict[int, int] = field(default_factory=dict)
     """Slots in hand: index -> generation."""
@@ -130,7 +132,8 @@ class Executor:
         self.offers = keys(beat.models)
         self.models = self.offers | keys(beat.retiring)
         self.slots = beat.slots
-        self.lanes = beat.lanes or max(1, beat.slots - 1)
+        self.of_each = dict(zip(map(_key, beat.models), beat.lanes, strict=False))
+        self.lanes = max(self.of_each.values(), default=max(1, beat.slots - 1))
         self.up = beat.state == "up"
         self.rival_rows = sum(other.rows for other in beat.waiting if other.batcher != batcher)
         self.rival_slots = sum(lease.batcher != batcher for lease in beat.leases)
@@ -154,6 +157,7 @@ class Executor:
         ended = [flight for flight in overdue if flight.slot not in held]
         for flight in ended:
             del self.flights[flight.batch]
+        self.begin(now_us)
         return ended
 
     def offer_slot(self, slot: Slot) -> None:
@@ -172,42 +176,51 @@ class Executor:
         del self.spent[flight.slot.index]
         self.offer_slot(flight.slot)
 
+    def lanes_of(self, model: ModelKey) -> int:
+        return min(self.lanes, self.of_each.get(model, self.lanes))
+
     def begin(self, now_us: int) -> None:
-        """A batch was sent or came back: lanes take batches in the order in which they were sent."""
+        """A batch was sent, came back, or counts as lost: lanes take batches in the order in which they were sent, but
+        a model that waits for a lane of its own holds up no other."""
+        running: dict[ModelKey, int] = {}
         lanes = self.lanes
         for flight in self.flights.values():
-            if not flight.late:
-                if not lanes:
-                    return
+            if not lanes:
+                return
+            model = flight.group.model
+            taken = running.get(model, 0)
+            if not flight.late and taken < self.lanes_of(model):
+                running[model] = taken + 1
                 lanes -= 1
                 if flight.begun_us is None:
                     flight.begun_us = now_us
 
-    def remaining_us(self, now_us: int) -> int:
-        """Predicted time until a batch that is sent there now begins: until one of its lanes is free."""
-        left_us = self._left_us(now_us)
-        if len(left_us) < self.lanes:
+    def remaining_us(self, model: ModelKey, now_us: int) -> int:
+        """Predicted time until a batch of the model that is sent there now begins: until a lane is free for it."""
+        if self.idle(model):
             return 0
-        busy, waiting = left_us[: self.lanes], left_us[self.lanes :]
-        heapify(busy)
-        for us in waiting:
-            heapreplace(busy, busy[0] + us)
-        return busy[0]
+        free_us = _free_us(self._left_us(now_us), self.lanes)
+        if (lanes := self.lanes_of(model)) < self.lanes:
+            return max(free_us, _free_us(self._left_us(now_us, model), lanes))
+        return free_us
 
     def busy_us(self, now_us: int) -> int:
         """Predicted time of a lane that all takes which was sent there."""
         return sum(self._left_us(now_us))
 
-    def idle(self) -> bool:
-        """Whether a batch that is sent there now begins at once."""
-        return len(self.flights) < self.lanes
+    def idle(self, model: ModelKey) -> bool:
+        """Whether a batch of the model that is sent there now begins at once."""
+        begun = [
+            flight.group.model for flight in self.flights.values() if flight.begun_us is not None and not flight.late
+        ]
+        return len(begun) < self.lanes and begun.count(model) < self.lanes_of(model)
 
-    def _left_us(self, now_us: int) -> list[int]:
-        """Of each batch under way, in the order in which they were sent. The first ones have a lane each."""
+    def _left_us(self, now_us: int, model: ModelKey | None = None) -> list[int]:
+        """Of each batch under way, of one model or at all, in the order in which they were sent."""
         return [
             flight.predicted_us if flight.begun_us is None else max(0, flight.begun_us + flight.predicted_us - now_us)
             for flight in self.flights.values()
-            if not flight.late
+            if not flight.late and (model is None or flight.group.model == model)
         ]
 
     def full(self) -> bool:
@@ -217,8 +230,23 @@ class Executor:
         return sum(not flight.late for flight in self.flights.values()) >= self.slots
 
 
+def _free_us(left_us: list[int], lanes: int) -> int:
+    """Until one of the lanes is free, each of which takes the next batch when it has done one."""
+    if len(left_us) < lanes:
+        return 0
+    busy, waiting = left_us[:lanes], left_us[lanes:]
+    heapify(busy)
+    for us in waiting:
+        heapreplace(busy, busy[0] + us)
+    return busy[0]
+
+
 def keys(refs: Iterable[ModelRef]) -> frozenset[ModelKey]:
-    return frozenset(ModelKey(ref.name, ref.version, ref.digest) for ref in refs)
+    return frozenset(map(_key, refs))
+
+
+def _key(ref: ModelRef) -> ModelKey:
+    return ModelKey(ref.name, ref.version, ref.digest)
 
 
 class Fleet(dict[str, Executor]):

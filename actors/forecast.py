@@ -1,6 +1,7 @@
 """How long a request would wait, and whether it can still make it. Pure; times in monotonic µs."""
 
 from collections.abc import Iterator
+from typing import NamedTuple
 
 from narsil_stream.actors.adaptive import Controller
 from narsil_stream.actors.ageing import Ageing
@@ -10,6 +11,13 @@ from narsil_stream.actors.service_time import Pace, ServiceTimes
 
 MARGIN = 1.25
 """Of the predicted wait at admission: a queue that is filled up to the deadlines misses half of them."""
+
+
+class Late(NamedTuple):
+    us: int
+    """Not above 0: it is in time."""
+    itself: bool
+    """Its own deadline is too early; otherwise one that was admitted before would miss its own."""
 
 
 class Forecast:
@@ -51,7 +59,7 @@ class Forecast:
         """Whether it is hopeless by now, on the executor that is free first."""
         if not self.times.sure(ticket.model, now_us):
             return False
-        waits_us = [one.remaining_us(now_us) for one in self._executors.serving(ticket.model)]
+        waits_us = [one.remaining_us(ticket.model, now_us) for one in self._executors.serving(ticket.model)]
         return self.hopeless(ticket, now_us, min(waits_us, default=0))
 
     def hopeless_us(self, ticket: Ticket) -> int:
@@ -63,7 +71,7 @@ class Forecast:
         self.paces.pop(model, None)
         self.times.forget(model)
 
-    def late_by(self, ticket: Ticket, now_us: int) -> int:
+    def late_by(self, ticket: Ticket, now_us: int) -> Late:
         """By how much the predicted answer misses the ticket's deadline; counts only what would be served before it.
 
         Never late is who finds a lane with nothing to do: or one slow pass, once measured, would have every request
@@ -78,17 +86,17 @@ class Forecast:
             after_us = max(after_us, self.times.flight(ticket.model))
         room_us = ticket.deadline_us - now_us - after_us
         busy_us = self._busy_us(serving, now_us)
-        late_us = int(MARGIN * self._wait_us(serving, busy_us)) - room_us
+        late_us = int(MARGIN * self._wait_us(ticket.model, serving, busy_us)) - room_us
         if late_us <= 0 and (queue is None or not queue.shared()):
-            return late_us
-        if not waiting and any(executor.free and executor.idle() for executor in serving):
-            return 0
-        wait_us = self._wait_us(serving, busy_us, ticket)
+            return Late(late_us, True)
+        if not waiting and any(executor.free and executor.idle(ticket.model) for executor in serving):
+            return Late(0, True)
+        wait_us = self._wait_us(ticket.model, serving, busy_us, ticket)
         aged_us = self._aged_wait_us(serving, ticket)
         late_us = int(MARGIN * (wait_us if aged_us is None else min(wait_us, aged_us))) - room_us
         if late_us > 0 or queue is None or queue.shared():
-            return late_us
-        return max(late_us, self._pushes_out(ticket, queue, wait_us, room_us, _lanes(serving)))
+            return Late(late_us, True)
+        return Late(self._pushes_out(ticket, queue, wait_us, room_us, _lanes(serving, ticket.model)), False)
 
     def _pushes_out(self, ticket: Ticket, queue: Queue, wait_us: int, room_us: int, lanes: int) -> int:
         """By how much one that was admitted before, and is served after it, would miss its deadline. Known only where
@@ -108,26 +116,31 @@ class Forecast:
     def wait_us(self, model: ModelKey, now_us: int) -> int:
         """Predicted time until a ticket that comes last starts."""
         serving = self._executors.serving(model)
-        return self._wait_us(serving, self._busy_us(serving, now_us))
+        return self._wait_us(model, serving, self._busy_us(serving, now_us))
 
     def _busy_us(self, serving: list[Executor], now_us: int) -> int:
         """What is under way there, in time of one lane."""
         return sum([executor.busy_us(now_us) for executor in serving])
 
-    def _wait_us(self, serving: list[Executor], busy_us: int, ticket: Ticket | None = None) -> int:
-        """Predicted time until `ticket`, or one behind all others, starts: what is before it, shared out to lanes."""
+    def _wait_us(self, wanted: ModelKey, serving: list[Executor], busy_us: int, ticket: Ticket | None = None) -> int:
+        """Predicted time until `ticket`, or one of its model behind all others, starts: what is before it, shared out
+        to lanes, of which the model has so many and all models together not more than there are."""
         ahead_us, paced_us = float(busy_us), 0.0
         own = before = 0
+        alone_us = 0.0
         for model, queue in self._queues.items():
             if queue.count and any(model in executor.models for executor in serving):
                 work = queue.work if ticket is None else queue.work_ahead(ticket)
                 own, before = own + queue.work, before + work
-                ahead_us += work * self.times.us_per_row(model)
+                needs_us = work * self.times.us_per_row(model)
+                ahead_us += needs_us
+                if model == wanted:
+                    alone_us = needs_us / _lanes(serving, model)
                 paced_us = max(paced_us, work * self._paced(model, queue))
         if rival_rows := max([executor.rival_rows for executor in serving], default=0):
             # Executors go by deadlines, whichever batcher asks: of the rivals' rows, as large a part is served before.
             ahead_us += rival_rows * (before / own if own else 1.0) * self._us_per_row(serving)
-        return int(max(paced_us, ahead_us / _lanes(serving)))
+        return int(max(paced_us, alone_us, ahead_us / _lanes(serving)))
 
     def _paced(self, model: ModelKey, queue: Queue) -> float:
         """µs for each row of work at which the queue moves; 0 while it is not known."""
@@ -145,11 +158,12 @@ class Forecast:
         queue = self._queues.get(ticket.model)
         if not share or queue is None or not queue.lines or min(queue.lines) >= ticket.priority:
             return None
-        us_per_row = max(self.times.us_per_row(ticket.model) / _lanes(serving), self._paced(ticket.model, queue))
+        lanes = _lanes(serving, ticket.model)
+        us_per_row = max(self.times.us_per_row(ticket.model) / lanes, self._paced(ticket.model, queue))
         half_us = (ticket.deadline_us - ticket.arrived_us) // 2
         return half_us + int((queue.work_aged_ahead(ticket) + ticket.work) / share * us_per_row)
 
 
-def _lanes(executors: list[Executor]) -> int:
-    """Batches that they compute at once; 1 where there is none."""
-    return max(1, sum([executor.lanes for executor in executors]))
+def _lanes(executors: list[Executor], model: ModelKey | None = None) -> int:
+    """Batches, of a model or at all, that they compute at once; 1 where there is none."""
+    return max(1, sum([executor.lanes if model is None else executor.lanes_of(model) for executor in executors]))

@@ -33,9 +33,17 @@ class Lanes:
             self._waiting.append(work)
             self._start()
 
-    @property
-    def idle(self) -> bool:
-        return not self._running.total()
+    def claim(self, model: Hashable) -> bool:
+        """Take a lane for work that the caller does itself, up to `release`, if nothing else is under way or waits."""
+        with self._lock:
+            free = not self._waiting and not self._running.total()
+            self._running[model] += free
+        return free
+
+    def release(self, model: Hashable) -> None:
+        with self._lock:
+            self._running[model] -= 1
+            self._start()
 
     def widen(self, width: int) -> None:
         """Or narrow: what is under way goes on."""

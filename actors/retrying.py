@@ -56,6 +56,7 @@ class Retries(list[Group]):
                 if not flight.late:
                     flight.late = True
                     group.avoid.add(executor.id)
+                    executor.begin(now_us)
                 if group.done or group.sends >= MAX_SENDS or group in self:
                     continue
                 if any(other.id not in group.avoid for other in self._executors.serving(group.model)):

@@ -118,14 +118,11 @@ class Scheduler:
         budget_us = ticket.deadline_us - now_us
         if self.forecast.hopeless(ticket, now_us):
             raise Refused(Fault.DEADLINE_EXCEEDED, f"scoring it takes longer than its budget of {budget_us} us")
-        late_us = self.forecast.late_by(ticket, now_us)
+        late_us, itself = self.forecast.late_by(ticket, now_us)
         if late_us > 0:
             self._overloaded_us = now_us
-            raise Refused(
-                Fault.OVERLOADED,
-                f"the wait would be {budget_us + late_us} us; the budget is {budget_us} us",
-                late_us,
-            )
+            why = f"the wait would be {budget_us + late_us} us; the budget is {budget_us} us"
+            raise Refused(Fault.OVERLOADED, why, late_us, by_deadline=itself)
 
     def _find_room(self, ticket: Ticket, now_us: int) -> None:
         """Raises OVERLOADED if the queue is full, or if its tenant has more than its share and little room is left."""
@@ -351,7 +348,7 @@ class Scheduler:
         self._batches += 1
         group.sends += 1
         predicted_us = self.forecast.times.predict(group.model, sum(ticket.work for ticket in tickets))
-        ahead_us = executor.remaining_us(now_us)
+        ahead_us = executor.remaining_us(group.model, now_us)
         patience_us = int(rules.failover_factor * (ahead_us + predicted_us))
         patience_us = max(patience_us, rules.failover_floor_us, 0 if predicted_us else rules.lease_us)
         patience_us += executor.rival_slots * self.forecast.times.longest(group.model)

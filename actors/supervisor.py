@@ -53,8 +53,8 @@ class Supervisor:
         self.reports: dict[str, dict[str, tuple[Report, float]]] = {}
         """By the token of their process and actor, with the monotonic time when they came."""
         self._stop = asyncio.Event()
-        self._asked_s: float | None = None
-        """When the first signal to stop came, monotonic."""
+        self._stopping_s: float | None = None
+        """Since when, monotonic: asked to by a signal, or for a process that was given up."""
         self._failed = ""
         self._broker_log = Path(os.devnull)
 
@@ -226,21 +226,23 @@ class Supervisor:
             loop.add_signal_handler(number, self._on_signal)
 
     def _on_signal(self) -> None:
-        now_s = time.monotonic()
-        if self._asked_s is None:
-            self._asked_s = now_s
+        if self._stopping_s is None:
             log.info("stopping: what was accepted is answered first; once more kills what is left")
-            self._stop.set()
-        elif now_s - self._asked_s > ONE_WISH_S:
+            self._begin_to_stop()
+        elif time.monotonic() - self._stopping_s > ONE_WISH_S:
             log.warning("asked twice: killing what is left")
             for child in self.children:
                 child.kill()
+
+    def _begin_to_stop(self) -> None:
+        self._stopping_s = time.monotonic()
+        self._stop.set()
 
     def _given_up(self, child: Child) -> None:
         where = f"{self._broker_log}: its end says" if child.kind == "broker" else "its last messages above say"
         self._failed = f"{child.label} could not be kept running; {where} why"
         log.error("%s", self._failed)
-        self._stop.set()
+        self._begin_to_stop()
 
     async def _stop_children(self, *kinds: str) -> None:
         """In this order: whoever goes can still talk to those it needs."""

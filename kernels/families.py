@@ -119,8 +119,7 @@ def _torch(precision: str, width: Width, reason: str) -> Choice:
     unit = torch_family.require_unit()
     if precision == "int8":
         precision = "fp32" if unit.machine == "CPU" else "fp16"
-    load = partial(torch_family.load, precision=precision, lanes=width.lanes, threads=width.threads)
-    return Choice("torch", load, reason)
+    return Choice("torch", partial(torch_family.load, precision=precision, threads=width.threads), reason)
 
 
 def _reference(precision: str, _: Width, reason: str) -> Choice:

@@ -54,10 +54,11 @@ class Refused(Exception):
 
     `detail` is written for the caller: what was wrong, where, and what was expected. It never names internals. What it
     quotes of the caller's is cut and made printable here, since details end up in message headers and logs.
-    `retry_after_us` is a hint in microseconds, 0 when there is none.
+    `retry_after_us` is a hint in microseconds, 0 when there is none. `by_deadline`: it is more, with a deadline so much
+    later there would have been room.
     """
 
-    def __init__(self, fault: Fault, detail: str, retry_after_us: int = 0) -> None:
+    def __init__(self, fault: Fault, detail: str, retry_after_us: int = 0, *, by_deadline: bool = False) -> None:
         if not detail.isprintable():
             detail = detail.encode("unicode_escape").decode()
         if len(detail) > DETAIL_CHARS:
@@ -66,6 +67,7 @@ class Refused(Exception):
         self.fault = fault
         self.detail = detail
         self.retry_after_us = retry_after_us
+        self.by_deadline = by_deadline
 
 
 def invalid(detail: str) -> Refused:

@@ -67,6 +67,8 @@ class Answers(Struct, array_like=True, frozen=True, gc=False, tag=3):
     batcher: str
     slots: tuple[int, ...]
     answers: tuple[InferAnswer, ...]
+    by_deadline: tuple[int, ...] = ()
+    """Slots of those refused because their deadlines were too early, by `retry_after_us`, and for nothing else."""
 
 
 class Slot(Struct, array_like=True, frozen=True, gc=False):
@@ -155,8 +157,8 @@ class ExecutorBeat(Struct, array_like=True, frozen=True, gc=False, tag=8):
     """Names of models that somebody unloaded: an executor that joins leaves them out."""
     waiting: tuple[Waiting, ...] = ()
     """Rows that wait for this executor, at each batcher that has some."""
-    lanes: int = 0
-    """Batches that it computes at once; 0: not said, all but one of its slots."""
+    lanes: tuple[int, ...] = ()
+    """Of each in `models`: batches that it computes at once. All of them together: no more than the most of these."""
 
 
 class BatcherBeat(Struct, array_like=True, frozen=True, gc=False, tag=9):

@@ -113,7 +113,7 @@ class Batcher(Actor):
             self.policy.offer(ticket, now)
         except Refused as refused:
             self.world.count("batcher: refused", self.name, f"r{wish.request}: {refused.fault.name}, {refused.detail}")
-            self._answer(caller, refused.fault.name, retry_after_us=refused.retry_after_us)
+            self._answer(caller, refused.fault.name, b"", refused.retry_after_us, refused.by_deadline)
             return
         self.world.tally["decision", "batcher: admitted"] += 1
         self._open[reply, wish.slot] = ticket
@@ -126,8 +126,16 @@ class Batcher(Actor):
             self.policy.cancel(ticket)
             self.shadow.ended(ticket)
 
-    def _answer(self, caller: Caller, fault: str, scores: bytes | memoryview = b"", retry_after_us: int = 0) -> None:
-        self._replies[caller.reply].append(Answer(caller.slot, caller.request, fault, scores, retry_after_us))
+    def _answer(
+        self,
+        caller: Caller,
+        fault: str,
+        scores: bytes | memoryview = b"",
+        retry_after_us: int = 0,
+        by_deadline: bool = False,
+    ) -> None:
+        answer = Answer(caller.slot, caller.request, fault, scores, retry_after_us, by_deadline)
+        self._replies[caller.reply].append(answer)
 
     # Decisions
 

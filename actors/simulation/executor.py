@@ -77,7 +77,7 @@ class Executor(Actor):
         ledger = self.ledger
         beat = ExecutorBeat(
             self.name, self.models, len(ledger.places), ledger.leases(), self.phase,
-            waiting=ledger.waiting(), lanes=len(self._free_us),
+            waiting=ledger.waiting(), lanes=(len(self._free_us),) * len(self.models),
         )  # fmt: skip
         self.world.broadcast(self, self.world.batchers, beat)
 

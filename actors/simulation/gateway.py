@@ -4,7 +4,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from narsil_stream.actors.simulation.actor import Actor
-from narsil_stream.actors.simulation.messages import Message, Replies, Wish, Wishes
+from narsil_stream.actors.simulation.messages import Answer, Message, Replies, Wish, Wishes
 from narsil_stream.core import routing
 from narsil_stream.core.routing import Router
 from narsil_stream.core.throttle import LASTS_US, Asked, Flow, Throttle, kind
@@ -51,7 +51,7 @@ class Gateway(Actor):
         request = Request(
             self.router.slot(), model, "", self.clock() + budget_us, rows * 40,
             number=number, rows=rows, priority=priority, budget_us=budget_us, tenant=tenant,
-            flow=self._throttle.flow(kind(model, tenant, priority, budget_us), self.clock()),
+            flow=self._throttle.flow(kind(model, "", tenant, priority, budget_us), self.clock()),
         )  # fmt: skip
         self.world.referee.asked(self, request)
         now = self.clock()
@@ -65,7 +65,9 @@ class Gateway(Actor):
     def _check_throttle(self, request: Request, now: int) -> None:
         """Raises OVERLOADED, as batchers have lately."""
         try:
-            request.flow.check(now, Asked(request.deadline_us, request.nbytes))
+            asked = Asked(request.deadline_us, request.nbytes)
+            request.flow.check_said(asked, lambda: self.router.choice(request.model, ""), now)
+            request.flow.check(now)
         except Refused:
             self.world.tally["decision", "gateway: request throttled"] += 1
             if now - self._refused_us > LASTS_US:
@@ -86,18 +88,21 @@ class Gateway(Actor):
                 if request is None:
                     self.world.tally["decision", "gateway: answer to nobody"] += 1
                 else:
-                    self._learn(request, answer.fault, answer.retry_after_us)
+                    self._learn(request, message.batcher, answer)
                     self.world.referee.answered(self, request, answer.fault or "scored", answer.scores)
         elif isinstance(message, BatcherBeat):
             self._fail(self.router.beat(message, self.clock()))
             return self.router.has_outgoing()
         return True
 
-    def _learn(self, request: Request, fault: str, retry_after_us: int) -> None:
+    def _learn(self, request: Request, batcher: str, answer: Answer) -> None:
         now = self.clock()
-        if fault == "OVERLOADED":
+        if answer.fault == "OVERLOADED":
             self._refused_us = now
-            request.flow.refused(retry_after_us, now, Asked(request.deadline_us, request.nbytes))
+            request.flow.refused(answer.retry_after_us, now)
+            if answer.by_deadline:
+                asked = Asked(request.deadline_us, request.nbytes)
+                request.flow.said(batcher, asked, answer.retry_after_us, now)
         else:
             request.flow.accepted(now)
 

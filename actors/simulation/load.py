@@ -210,7 +210,7 @@ class Ours:
         self.steps: list[Step] = []
         for index in range(executors):
             leases = tuple(Lease("b", Slot(slot, 0), False) for slot in range(lanes + 1))
-            self.policy.beat(ExecutorBeat(f"e{index}", (ModelRef(*MODEL),), lanes + 1, leases, lanes=lanes), 0)
+            self.policy.beat(ExecutorBeat(f"e{index}", (ModelRef(*MODEL),), lanes + 1, leases, lanes=(lanes,)), 0)
         self._woken_us: int | None = None
 
     def play(self) -> Score:

@@ -33,6 +33,7 @@ class Answer(NamedTuple):
     fault: str
     scores: bytes | memoryview
     retry_after_us: int = 0
+    by_deadline: bool = False
 
 
 class Replies(NamedTuple):

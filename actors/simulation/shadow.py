@@ -4,7 +4,6 @@ from typing import TYPE_CHECKING
 
 from narsil_stream.actors.decisions import Dispatch, Drop
 from narsil_stream.actors.leasing import Place
-from narsil_stream.actors.patience import staged
 from narsil_stream.actors.queue import ModelKey, State, Ticket
 from narsil_stream.actors.retrying import MAX_SENDS
 from narsil_stream.actors.simulation.fairness import Fairness
@@ -131,7 +130,12 @@ class Shadow:
         actors = self._batcher.world.executors_by_name
         for known in policy.executors.values():
             if known.free:
-                if rows and known.up and not (self._policy.may_wait or staged(known)) and self.wanted(known.models):
+                if (
+                    rows
+                    and known.up
+                    and not policy.may_wait
+                    and self.wanted(frozenset(filter(known.idle, known.models)))
+                ):
                     fail(f"{name} holds a slot of {known.id} and lets work wait")
                 actor = actors.get(known.id)
                 if actor is not None:

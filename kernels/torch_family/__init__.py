@@ -17,15 +17,12 @@ __all__ = ["UNITS", "Unavailable", "load", "require_unit"]
 Device = Literal["auto", "cpu", "cuda"]
 
 
-def load(
-    artifact: Path, *, precision: str = "auto", device: Device = "auto", lanes: int = 0, threads: int = 0
-) -> "Backend":
+def load(artifact: Path, *, precision: str = "auto", device: Device = "auto", threads: int = 0) -> "Backend":
     """Load an artifact's folder. Embedding rows keep their type.
 
     `precision`: fp32, bf16 or fp16, of the MLPs and the interaction; auto: the fastest that the device multiplies in
     hardware. `device` auto: CUDA where torch sees a GPU.
-    Of a CPU: `threads`, 0: as many as torch has here; `lanes`: batches at once in several threads, 0: as many as it
-    likes best. On CUDA there is one lane.
+    `threads`: of a CPU, 0: as many as torch has here.
 
     Raises Unavailable: no locked unit, no such device, a precision that it cannot do; Unfit: all else that this machine
     cannot do; ArtifactError: unfit artifact.
@@ -37,4 +34,4 @@ def load(
     with failures("load this model"):
         from narsil_stream.kernels.torch_family.devices import build, resolve
 
-        return build(read(artifact), resolve(device, precision), lanes, threads)
+        return build(read(artifact), resolve(device, precision), threads)

@@ -4,10 +4,9 @@ Pieces share nothing, so no thread waits for another inside the forward pass, an
 that computes it. oneDNN multiplies with weights packed once.
 """
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager
-from threading import Barrier, Lock
+from threading import Barrier
 from typing import Any, TypeVar
 
 import numpy as np
@@ -35,8 +34,6 @@ _SECOND_ROWS = 128
 """Fewer rows are not worth a second thread."""
 _STEP_ROWS = 16
 """Pieces are padded to multiples: oneDNN prepares code for each number of rows, once."""
-LANES = 2
-"""Batches at once, where there are threads for them: while one is ended and the next begun, no thread is idle."""
 _NUMPY_MACS = 2**17
 """Of a row's products. More of them are no faster in NumPy, and from 2^18 on its BLAS takes threads of its own."""
 
@@ -44,16 +41,13 @@ _NUMPY_MACS = 2**17
 class CpuBackend:
     """One model in threads of its own, each of which computes by itself."""
 
-    def __init__(self, artifact: Artifact, precision: str, lanes: int = 0, threads: int = 0) -> None:
-        """`lanes` 0: `LANES`, or 1 with one thread; `threads` 0: as many as torch has now."""
+    def __init__(self, artifact: Artifact, precision: str, threads: int = 0) -> None:
+        """`threads` 0: as many as torch has now."""
         self._spec, self._precision = artifact.spec, precision
         self._packing = Packing(artifact.spec)
         self._network = Network(artifact, self._packing, DTYPES[precision], "cpu", Operators(_layer, _dot))
         self._threads = threads or torch.get_num_threads()
         self._pool = _single_threads(self._threads) if self._threads > 1 else None
-        self._lanes = (lanes or LANES) if self._pool else 1
-        self._lock = Lock()
-        self._runs = 0
 
     @property
     def spec(self) -> ModelSpec:
@@ -61,7 +55,7 @@ class CpuBackend:
 
     @property
     def info(self) -> BackendInfo:
-        return BackendInfo("torch", "cpu", self._precision, self._lanes)
+        return BackendInfo("torch", "cpu", self._precision)
 
     @property
     def capabilities(self) -> Capabilities:
@@ -93,27 +87,13 @@ class CpuBackend:
         """What goes into the last sigmoid. out [rows]."""
         if not batch.rows:
             return np.empty(0, np.float32)
-        with self._share() as threads:
-            cut = pieces(batch, _piece_rows(batch.rows, threads), max_ids=np.iinfo(np.int32).max)
-            found = self._each(lambda piece: self._logits(piece, _round_up(piece.rows))[: piece.rows], cut)
-        return np.concatenate(found)
+        cut = pieces(batch, _piece_rows(batch.rows, self._threads), max_ids=np.iinfo(np.int32).max)
+        return np.concatenate(self._each(lambda piece: self._logits(piece, _round_up(piece.rows))[: piece.rows], cut))
 
     def unload(self) -> None:
         if self._pool:
             self._pool.shutdown()
         vars(self).pop("_network", None)
-
-    @contextmanager
-    def _share(self) -> Iterator[int]:
-        """Threads that other batches leave to one."""
-        with self._lock:
-            self._runs += 1
-            threads = max(1, self._threads // self._runs)
-        try:
-            yield threads
-        finally:
-            with self._lock:
-                self._runs -= 1
 
     def _each(self, compute: Callable[[T], Floats], parts: Sequence[T]) -> list[Floats]:
         """In threads of ours; one part in the caller's, if that computes by itself too: handing over has its price."""

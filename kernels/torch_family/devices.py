@@ -36,15 +36,15 @@ def resolve(device: str, precision: str) -> Chosen:
     return Chosen(device, precision)
 
 
-def build(artifact: Artifact, chosen: Chosen, lanes: int = 0, threads: int = 0) -> Backend:
-    """A backend for a model in memory. `lanes` and `threads`: of a CPU's, 0: as many as it likes best."""
+def build(artifact: Artifact, chosen: Chosen, threads: int = 0) -> Backend:
+    """A backend for a model in memory. `threads`: of a CPU's, 0: as many as torch has now."""
     if chosen.device == "cuda":
         from narsil_stream.kernels.torch_family.cuda import CudaBackend
 
         return CudaBackend(artifact, chosen.precision)
     from narsil_stream.kernels.torch_family.cpu import CpuBackend
 
-    return CpuBackend(artifact, chosen.precision, lanes, threads)
+    return CpuBackend(artifact, chosen.precision, threads)
 
 
 def multiplied() -> tuple[str, ...]:

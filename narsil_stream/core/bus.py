@@ -11,7 +11,6 @@ import json
 import logging
 import re
 import secrets
-import ssl
 from collections.abc import Callable, Coroutine
 from typing import Any, NamedTuple
 
@@ -21,8 +20,8 @@ from msgspec import Struct
 from nats.aio.msg import Msg
 from nats.aio.subscription import Subscription
 
+from narsil_stream.core import login
 from narsil_stream.core.config import NatsConfig
-from narsil_stream.core.config.rules import FILES, unreadable
 from narsil_stream.core.config.settings import without_login
 from narsil_stream.core.connection import Connection, Headers, Take
 from narsil_stream.core.parser import Parser
@@ -68,8 +67,8 @@ class Bus:
         self._subscriptions: dict[str, list[Listening]] = {}
         self._responders: dict[str, Callable[[], bytes]] = {}
         self._begun = False
-        self._refusals = 0
-        """Of the login, before there was a connection."""
+        self._refusing: set[str] = set()
+        """Servers that refused the login before there was a connection."""
         self._closing = False
         self.on_lost: list[Callable[[], None]] = []
         """Called when the connection breaks: what is under way over it may be lost."""
@@ -88,12 +87,14 @@ class Bus:
             await asyncio.wait_for(self._nats.connect(**options), timeout)
         except PROTOCOL_ERRORS as error:
             self._nats.cut()
-            raise self._unconnected(self._nats.last_error or error) from None
+            asks_for_certificate = bool(self._nats._server_info.get("tls_verify"))
+            reason = self._nats.last_error or error
+            raise login.unconnected(self._config, self.where, reason, asks_for_certificate) from None
         except Exception as error:  # nats-py lets through whatever the reading of a seed raises
             if not (seed := self._config.nkey_seed_file or self._config.creds_file):
                 raise
             key = "nats.nkey_seed_file" if self._config.nkey_seed_file else "nats.creds_file"
-            raise _unusable(key, seed, error) from None
+            raise login.unusable(key, seed, error) from None
         self._inboxes = subjects.inbox(self._user())
         self._nats._inbox_prefix = bytearray(self._inboxes.encode())
         self._begun = True
@@ -327,24 +328,8 @@ class Bus:
             log.info("the connection did not close cleanly: %r", error)
             self._nats.cut()
 
-    def _unconnected(self, error: Exception) -> Refused:
-        reason = str(error) or type(error).__name__
-        if any(word in reason.lower() for word in ("authorization", "authentication")):
-            return Refused(Fault.UNAUTHENTICATED, f"the NATS server at {self.where} refuses this login: {reason}")
-        if self._nats._server_info.get("tls_verify") and not self._config.tls_cert:
-            detail = f"the NATS server at {self.where} wants to see a certificate (nats.tls_cert, nats.tls_key)"
-            return Refused(Fault.UNAUTHENTICATED, f"{detail}: {reason}")
-        if isinstance(error, ssl.SSLError):
-            return Refused(Fault.UNAVAILABLE, f"no TLS with the NATS server at {self.where}: {reason}")
-        return Refused(Fault.UNAVAILABLE, f"no NATS server at {self.where}: {reason}")
-
     def _options(self) -> dict[str, Any]:
         """For nats-py. Raises `Refused` INVALID_ARGUMENT."""
-        config = self._config
-        for key in FILES:
-            path = getattr(config, key.removeprefix("nats."))
-            if path and (reason := unreadable(path)):
-                raise _unusable(key, path, reason)
         options: dict[str, Any] = {
             "servers": self._servers,
             "name": self._name,
@@ -363,32 +348,7 @@ class Bus:
             "closed_cb": self._on_closed,
             "lame_duck_mode_cb": self._on_lame_duck,
         }
-        given = {
-            "user": config.user,
-            "password": config.password,
-            "token": config.token,
-            "nkeys_seed": config.nkey_seed_file,
-            "user_credentials": config.creds_file,
-            "tls": self._tls(),
-        }
-        return options | {key: value for key, value in given.items() if value}
-
-    def _tls(self) -> ssl.SSLContext | None:
-        config = self._config
-        if not (config.tls_ca or config.tls_cert):
-            return None
-        try:
-            context = ssl.create_default_context(cafile=config.tls_ca or None)
-        except ssl.SSLError as error:
-            raise _unusable("nats.tls_ca", config.tls_ca, error) from None
-        if config.tls_cert:
-            try:
-                context.load_cert_chain(config.tls_cert, config.tls_key or None, password="")
-            except (ssl.SSLError, ValueError) as error:
-                raise _unusable(
-                    "nats.tls_cert", f"{config.tls_cert} with nats.tls_key {config.tls_key}", error
-                ) from None
-        return context
+        return options | login.options(self._config)
 
     def _user(self) -> str:
         """The public nkey that this login has shown, "" if it is none."""
@@ -399,8 +359,8 @@ class Bus:
 
     async def _on_error(self, error: Exception) -> None:
         if not self._begun and LOGIN_REFUSED in str(error).lower():
-            self._refusals += 1
-            if self._refusals == len(self._servers):
+            self._refusing.add(self._nats._current_server.uri.netloc)
+            if len(self._refusing) == len(set(self._servers)):
                 self._nats.options["allow_reconnect"] = False  # or nats-py would try again until the time is over
         if isinstance(error, nats.errors.SlowConsumerError):
             self._dropped += 1
@@ -448,8 +408,3 @@ async def _at_most(seconds: float, work: Coroutine[Any, Any, None]) -> None:
         task.result()
     finally:
         task.cancel()
-
-
-def _unusable(key: str, path: str, reason: object) -> Refused:
-    """A file of the login is missing, or holds something else."""
-    return Refused(Fault.INVALID_ARGUMENT, f"{key} {path} cannot be used: {reason}")

@@ -181,10 +181,11 @@ class Requester:
         _check_lengths(request)
         budget_us = min(request.budget_us or self._limits.default_budget_us, self._limits.max_budget_us)
         now = now_us()
-        flow = self._throttle.flow(kind(model, request.tenant, request.priority, budget_us), now)
+        flow = self._throttle.flow(kind(model, version, request.tenant, request.priority, budget_us), now)
         asked = Asked(now + budget_us, sum(tensor.data.nbytes for tensor in request.inputs))
         try:
-            flow.check(now, asked)
+            flow.check_said(asked, lambda: self._router.choice(model, version), now)
+            flow.check(now)
         except Refused:
             self.throttled += 1
             raise
@@ -247,7 +248,10 @@ class Requester:
             if pending is None:
                 continue
             if answer.fault == OVERLOADED:
-                pending.flow.refused(answer.retry_after_us, now, Asked(pending.deadline_us, pending.nbytes))
+                pending.flow.refused(answer.retry_after_us, now)
+                if slot in message.by_deadline:
+                    asked = Asked(pending.deadline_us, pending.nbytes)
+                    pending.flow.said(message.batcher, asked, answer.retry_after_us, now)
             else:
                 pending.flow.accepted(now)
             if not pending.future.done():

@@ -100,6 +100,11 @@ class Router(Generic[P]):
 
     # Requests out
 
+    def choice(self, model: str, version: str) -> str:
+        """The batcher that a new request would go to now; "": there is none."""
+        peer = self._choose(model, version)
+        return "" if peer is None else peer.id
+
     def add(self, pending: P) -> None:
         """Choose a batcher for a new request. Raises `Refused`."""
         self._assign(pending)
@@ -247,19 +252,19 @@ class Router(Generic[P]):
 
     def _assign(self, pending: P) -> None:
         """Choose a batcher and put the request into this turn's message to it. Raises `Refused`."""
-        peer = self._choose(pending)
+        peer = self._choose(pending.model, pending.version, pending.batcher)
+        if peer is None:
+            raise self.nobody()
         pending.batcher = peer.id
         pending.sends += 1
         peer.open.add(pending.slot)
         self._outgoing[peer.id].append(pending)
 
-    def _choose(self, pending: P) -> Peer:
+    def _choose(self, model: str, version: str, without: str = "") -> Peer | None:
         """Of those alive that serve the model, the one with the least to do."""
-        alive = [peer for peer in self.alive() if peer.id != pending.batcher]
-        if not alive:
-            raise self.nobody()
-        serving = [peer for peer in alive if peer.serves(pending.model, pending.version)]
-        return min(serving or alive, key=lambda peer: (peer.wait_us // 1_000, len(peer.open), peer.id))
+        alive = [peer for peer in self.alive() if peer.id != without]
+        serving = [peer for peer in alive if peer.serves(model, version)]
+        return min(serving or alive, key=lambda peer: (peer.wait_us // 1_000, len(peer.open), peer.id), default=None)
 
     def _is_local(self, peer: Peer) -> bool:
         return self._links.is_local(subjects.ask(peer.id))

@@ -1,12 +1,14 @@
 """Refusing where the request comes in what batchers would refuse anyway: the requester's half of overload. Pure; µs.
 
-Two rules. What was said: a batcher that refuses a request says how much later its deadline would have to be. Until
-then that holds for whoever asks for no less and is due no earlier, so these are told the same here.
+Two rules. What was said: a batcher that refuses a request for its deadline says how much later that would have to be.
+Until then it holds for whoever would ask this batcher for no less and is due no earlier, so these are told the same
+here.
 Google's adaptive throttling, by what became of the last half second: of requests like this one, a part of
 (requests - K * accepts - FEW) / (requests + 1) is refused here. A request counts once its fate is known, so slow
 answers throttle nobody.
 """
 
+from collections.abc import Callable
 from math import ceil
 from typing import NamedTuple
 
@@ -25,13 +27,14 @@ MOST_FLOWS = 1_024
 LEAST_US = 1_000
 """Nobody is told to come back sooner."""
 HOLDS_US = 50_000
-"""So long at most what a batcher said is taken for true: another one may have room, or an executor may come."""
+"""So long at most what a batcher said is taken for true: an executor may come, and others may leave."""
 
 
 class Kind(NamedTuple):
     """Requests that batchers treat alike."""
 
     model: str
+    version: str
     tenant: str
     priority: int
     budget: int
@@ -61,7 +64,8 @@ class Said(NamedTuple):
         return self.reach_us - asked.deadline_us
 
 
-NOTHING_SAID = Said(Asked(0, 0), 0, 0)
+MOST_SAID = 64
+"""Batchers whose word is kept."""
 
 
 class Flow:
@@ -80,32 +84,42 @@ class Flow:
         """When it said to come back."""
         self._carry = 0.0
         """Refusals that are due: spread evenly, where chance would bunch them."""
-        self._said = NOTHING_SAID
+        self._said: dict[str, Said] = {}
+        """By batcher."""
 
     def accepted(self, now_us: int) -> None:
         self._roll(now_us)
         self.requests += 1
         self.accepts += 1
 
-    def refused(self, retry_after_us: int, now_us: int, asked: Asked | None = None) -> None:
-        """By a batcher. `asked`: what; None: no conclusions."""
+    def refused(self, retry_after_us: int, now_us: int) -> None:
+        """By a batcher, for whatever reason."""
         self._roll(now_us)
         self.requests += 1
         self._told_us = now_us
         self._again_us = now_us + retry_after_us
-        if asked is None:
-            return
-        said, reach_us = self._said, asked.deadline_us + retry_after_us
-        if now_us >= said.until_us or reach_us > said.reach_us or asked.nbytes < said.asked.nbytes:
-            self._said = Said(asked, reach_us, now_us + min(retry_after_us, HOLDS_US))
 
-    def check(self, now_us: int, asked: Asked | None = None) -> None:
-        """Raises OVERLOADED for those whom a batcher would refuse by what one said, and for a share of the others."""
-        if asked is not None and now_us < self._said.until_us and (wait_us := self._said.wait_us(asked)) > 0:
-            self._roll(now_us)
-            self.requests += 1
+    def said(self, batcher: str, asked: Asked, retry_after_us: int, now_us: int) -> None:
+        """A batcher refused a request for its deadline, and for nothing else."""
+        said, reach_us = self._said.get(batcher), asked.deadline_us + retry_after_us
+        if said and now_us < said.until_us and reach_us <= said.reach_us and asked.nbytes >= said.asked.nbytes:
+            return
+        if len(self._said) >= MOST_SAID:
+            self._said.clear()
+        self._said[batcher] = Said(asked, reach_us, now_us + min(retry_after_us, HOLDS_US))
+
+    def check_said(self, asked: Asked, choose: Callable[[], str], now_us: int) -> None:
+        """Raises OVERLOADED for what its batcher, the one that `choose` names, would refuse by what it said. It is
+        neither asked nor counted: it costs no batcher anything."""
+        if not self._said:
+            return
+        self._said = {batcher: said for batcher, said in self._said.items() if now_us < said.until_us}
+        if self._said and (said := self._said.get(choose())) and (wait_us := said.wait_us(asked)) > 0:
             detail = "a moment ago there was no room for as much, nor is there now"
             raise Refused(Fault.OVERLOADED, detail, max(wait_us, LEAST_US))
+
+    def check(self, now_us: int) -> None:
+        """Raises OVERLOADED for a share of the requests when batchers refuse most of them."""
         if not self.throttles(now_us):
             return
         self._roll(now_us)
@@ -149,5 +163,5 @@ class Throttle:
         return flow
 
 
-def kind(model: str, tenant: str, priority: int, budget_us: int) -> Kind:
-    return Kind(model, tenant, priority, budget_us.bit_length())
+def kind(model: str, version: str, tenant: str, priority: int, budget_us: int) -> Kind:
+    return Kind(model, version, tenant, priority, budget_us.bit_length())

@@ -29,6 +29,7 @@ ADMISSION = Admission(SPEC)
 WIDE = SPEC.n_sparse
 KINDS = ("good", "INT64", "multi-hot", "id too large", "id negative", "NaN", "infinite")
 BAD = {"id too large", "id negative", "NaN", "infinite"}
+PATIENT_US = 20_000_000
 
 
 def request(kind: str, rows: int, value: int) -> InferRequest:
@@ -90,13 +91,13 @@ def test_a_bad_request_in_a_batch_is_told_what_was_wrong_and_counted_as_refused(
         heard = producer.listen("feed.*")
         with gate.closed():
             for at in range(2):  # both slots
-                producer.publish(subject, infer_msgpack(rows.part(at)), f"feed.{at}")
+                producer.publish(subject, infer_msgpack(rows.part(at), budget_us=PATIENT_US), f"feed.{at}")
                 until(lambda want=at + 1: system.actors("executor")[0].endpoints()[0].num_requests >= want, "a batch")
             for at in range(2, 16):
                 one = rows.part(at)
                 if at % 2:
                     one = one._replace(ids=np.full((1, 26), 1_000, np.int32))
-                producer.publish(subject, infer_msgpack(one), f"feed.{at}")
+                producer.publish(subject, infer_msgpack(one, budget_us=PATIENT_US), f"feed.{at}")
             (batcher,) = system.actors("batcher")
             until(lambda: metric(text(batcher.registry), "narsil_queue_rows") == 14, "they wait together")
         for _ in range(16):

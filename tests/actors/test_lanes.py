@@ -121,3 +121,39 @@ def test_much_work_of_many_models_is_done_once_each_within_the_limits(lanes: Lan
     assert wrong == []
     assert sorted(done) == list(range(count))
     assert [i for i in done if i % 3 == 0] == list(range(0, count, 3)), "one lane keeps the order"
+
+
+def test_a_lane_that_is_claimed_is_taken_until_it_is_released(lanes: Lanes) -> None:
+    """Who computes where the batch arrives would otherwise be one more than the backend takes."""
+    assert lanes.claim("m")
+    job = Job("m")
+    put(lanes, job)
+    assert not lanes.claim("n"), "others wait, or compute"
+    assert begun(job) == [False]
+    lanes.release("m")
+    assert job.begun.wait(PATIENCE_S)
+    assert not lanes.claim("m")
+    job.end()
+    until(lambda: lanes.claim("m"), "all is done")
+
+
+def test_claims_beside_threads_never_exceed_the_lanes(lanes: Lanes) -> None:
+    """The event loop looks while a thread is between two batches."""
+    lock, running, most, done = threading.Lock(), [0], [0], [0]
+
+    def do() -> None:
+        with lock:
+            running[0] += 1
+            most[0] = max(most[0], running[0])
+        with lock:
+            running[0] -= 1
+            done[0] += 1
+
+    for _ in range(3_000):
+        if lanes.claim("m"):
+            do()
+            lanes.release("m")
+        else:
+            lanes.put(Work("m", 1, do))
+    until(lambda: done[0] == 3_000, "all is done")
+    assert most == [1]

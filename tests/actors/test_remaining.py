@@ -10,7 +10,7 @@ from narsil_stream.actors.flights import Executor, Flight, Group
 from narsil_stream.actors.simulation.comparison import DEVICES
 from narsil_stream.actors.simulation.load import Ours, Stretch, arrivals
 from narsil_stream.schemas.internal import ExecutorBeat, Lease, ModelRef, Slot
-from tests.actors.puppets import MODEL, Batcher, ticket
+from tests.actors.puppets import MODEL, OTHER, Batcher, ticket
 
 LANES = st.integers(1, 4)
 PAUSE_US = st.integers(0, 3_000)
@@ -61,9 +61,9 @@ def test_when_times_are_as_predicted_it_is_known_when_the_next_batch_begins(
         device.send(now_us, pass_us)
     now_us += later_us
     begins_us, left_us = device.look(now_us)
-    assert device.known.remaining_us(now_us) == begins_us
+    assert device.known.remaining_us(MODEL, now_us) == begins_us
     assert device.known.busy_us(now_us) == left_us
-    assert (begins_us == 0) == device.known.idle()
+    assert (begins_us == 0) == device.known.idle(MODEL)
 
 
 @given(LANES, SENDINGS, st.integers(1, 100_000))
@@ -77,18 +77,20 @@ def test_a_batch_that_takes_longer_than_predicted_counts_as_about_to_end(
     waiting_us = sum(pass_us for _, pass_us in sendings[lanes:])
     late_us += max((pass_us for _, pass_us in sendings), default=0)
     assert device.known.busy_us(late_us) == waiting_us
-    assert 0 <= device.known.remaining_us(late_us) <= waiting_us
+    assert 0 <= device.known.remaining_us(MODEL, late_us) <= waiting_us
 
 
-def hear(batcher: Batcher, executor: str, slots: int, lanes: int) -> None:
+def hear(batcher: Batcher, executor: str, slots: int, *lanes: int) -> None:
+    """`lanes`: of the first model, and of another one."""
     leases = tuple(Lease("b", Slot(index, 0), False) for index in range(slots))
-    batcher.policy.beat(ExecutorBeat(executor, (ModelRef(*MODEL),), slots, leases, lanes=lanes), batcher.now)
+    models = tuple(ModelRef(*key) for key in (MODEL, OTHER)[: max(1, len(lanes))])
+    batcher.policy.beat(ExecutorBeat(executor, models, slots, leases, lanes=lanes), batcher.now)
 
 
 def test_an_executor_that_does_not_say_computes_in_all_but_one_of_its_slots():
     """One of an older version is taken as before."""
     batcher = Batcher()
-    hear(batcher, "old", 3, 0)
+    hear(batcher, "old", 3)
     hear(batcher, "new", 3, 1)
     assert {name: one.lanes for name, one in batcher.policy.executors.items()} == {"old": 2, "new": 1}
 
@@ -116,6 +118,65 @@ def test_two_lanes_serve_a_backlog_in_half_the_time():
         batcher.offer(*(ticket(rows=8) for _ in range(4)))
         waits.append(batcher.policy.backlog_us(MODEL, 0))
     assert waits == [(2 + 4) * 8_000, (3 + 4) * 8_000 // 2]
+
+
+def two_models() -> Batcher:
+    """On an executor that computes two batches at once, of `MODEL` one."""
+    batcher = Batcher()
+    hear(batcher, "e1", 3, 1, 2)
+    for model in (MODEL, OTHER):
+        batcher.policy.forecast.times.observe(model, 1, 10_000)
+    return batcher
+
+
+def test_a_model_with_one_lane_waits_for_itself_and_not_for_others():
+    """A lane that it cannot use is no room for it; one that it can use must not stand idle."""
+    batcher = two_models()
+    batcher.offer(ticket(model=OTHER))
+    batcher.decide()
+    batcher.offer(ticket())
+    assert len(batcher.decide()) == 1, "beside the other model"
+    batcher = two_models()
+    batcher.offer(ticket())
+    batcher.decide()
+    batcher.offer(ticket())
+    assert batcher.decide() == [], "there is a lane, but none for a second batch of it"
+    batcher.offer(ticket(model=OTHER))
+    assert [sent.model for sent in batcher.decide()] == [OTHER]
+
+
+def test_the_wait_for_its_own_lane_is_no_overhead_of_the_way():
+    """Requests that can make it would be called hopeless."""
+    batcher = two_models()
+    batcher.offer(*(ticket(rows=8) for _ in range(2)))
+    first, second = batcher.decide()
+    batcher.now = 10_100
+    batcher.answer(first, 10_000)
+    batcher.now = 20_100
+    batcher.answer(second, 10_000)
+    assert batcher.policy.forecast.times.overhead_us <= 100
+
+
+def test_a_backlog_of_a_model_with_one_lane_takes_one_lane():
+    """Twice as much would be admitted as can be served."""
+    batcher = two_models()
+    batcher.offer(*(ticket(rows=8) for _ in range(6)))
+    waiting = len(batcher.decide())
+    assert batcher.policy.backlog_us(MODEL, 0) >= (6 - waiting) * 80_000
+
+
+def test_what_waits_behind_a_lost_batch_begins_when_that_counts_as_lost():
+    """It would be taken for waiting until it lands, and what comes next be held back for it."""
+    device = Device(1)
+    device.send(0, 1_000)
+    device.send(0, 1_000)
+    lost, behind = device.known.flights.values()
+    lost.late = True
+    device.known.begin(500)
+    assert behind.begun_us == 500
+    assert device.known.remaining_us(MODEL, 500) == 1_000
+    behind.late = True
+    assert device.known.idle(MODEL)
 
 
 @pytest.mark.parametrize("lanes", [2, 4])

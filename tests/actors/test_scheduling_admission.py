@@ -41,6 +41,7 @@ def test_the_queue_is_bounded_in_rows_and_in_bytes():
     refused = batcher.refuses(ticket(rows=3))
     assert refused.fault is Fault.OVERLOADED
     assert refused.retry_after_us > 0
+    assert not refused.by_deadline, "a later one would not have helped"
     batcher.offer(ticket(rows=1, size=90))
     assert batcher.refuses(ticket(rows=1, size=1)).fault is Fault.OVERLOADED
     assert (batcher.policy.rows, batcher.policy.bytes) == (9, 100)
@@ -57,7 +58,20 @@ def test_what_cannot_be_answered_in_time_is_refused_on_arrival():
     refused = batcher.refuses(ticket(rows=8, deadline_us=answered_us - 1_000))
     assert refused.fault is Fault.OVERLOADED
     assert refused.retry_after_us == 1_000
+    assert refused.by_deadline
     batcher.offer(ticket(rows=8, deadline_us=answered_us))
+
+
+def test_who_would_make_another_one_late_is_not_refused_for_its_own_deadline():
+    """One that is due a little later goes behind that other one and has room: it must not be told the same."""
+    batcher = one_executor(S0)
+    batcher.teach(rows=8, service_us=8_000)
+    batcher.offer(ticket(rows=8))
+    batcher.decide()
+    (before,) = batcher.offer(ticket(rows=8, deadline_us=19_000))
+    refused = batcher.refuses(ticket(rows=8, deadline_us=18_100))
+    assert (refused.fault, refused.by_deadline) == (Fault.OVERLOADED, False)
+    batcher.offer(ticket(rows=8, deadline_us=before.deadline_us + 20_000))
 
 
 def test_the_wait_is_predicted_from_how_fast_the_queue_moves():

@@ -57,10 +57,10 @@ class Puppet:
     def beat(self, state: str) -> None:
         self._bus.broadcast(subjects.BATCHER_BEAT, BatcherBeat(self.name, (MODEL,), self.wait_us, state=state))
 
-    def answer(self, at: int = -1, fault: str = "") -> None:
+    def answer(self, at: int = -1, fault: str = "", retry_after_us: int = 0, *, by_deadline: bool = False) -> None:
         reply, ask = self.asked[at]
-        answer = InferAnswer(ask.request.id, model=self.name, fault=fault)
-        self._bus.send(reply, Answers(self.name, (ask.slot,), (answer,)))
+        answer = InferAnswer(ask.request.id, model=self.name, fault=fault, retry_after_us=retry_after_us)
+        self._bus.send(reply, Answers(self.name, (ask.slot,), (answer,), (ask.slot,) if by_deadline else ()))
 
     def stop(self) -> None:
         self._beating.cancel()
@@ -266,6 +266,39 @@ def test_requests_go_to_the_batcher_with_the_least_to_do(play: Play) -> None:
         for at in range(5):
             idle.answer(at)
         await asyncio.gather(*asked)
+
+    play(2, scene)
+
+
+@pytest.mark.parametrize("by_deadline", [True, False])
+def test_only_a_refusal_by_deadline_is_repeated_here_and_only_to_who_would_go_there(
+    play: Play, by_deadline: bool
+) -> None:
+    """A full queue has room with the next batch, and an idle batcher has it now."""
+
+    async def scene(on: Stage) -> None:
+        first = on.ask()
+        full = await on.taken()
+        full.answer(0, "OVERLOADED", 60_000_000, by_deadline=by_deadline)
+        assert (await first).fault == "OVERLOADED"
+        on.other(full).wait_us = 50_000
+        await until(lambda: on.requester._router.peers[on.other(full).name].wait_us)
+        again = on.ask()
+        if by_deadline:
+            with pytest.raises(Refused) as refused:
+                await again
+            assert refused.value.fault is Fault.OVERLOADED and len(full.asked) == 1
+        else:
+            await until(lambda: len(full.asked) == 2)
+            full.answer(1)
+            assert not (await again).fault
+        on.other(full).wait_us, full.wait_us = 0, 50_000
+        await until(lambda: not on.requester._router.peers[on.other(full).name].wait_us)
+        await until(lambda: on.requester._router.peers[full.name].wait_us)
+        elsewhere = on.ask()
+        await until(lambda: len(on.other(full).asked) == 1)
+        on.other(full).answer()
+        assert not (await elsewhere).fault
 
     play(2, scene)
 

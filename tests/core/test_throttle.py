@@ -102,16 +102,22 @@ def test_a_refusal_says_when_the_batcher_wanted_to_be_asked_again():
 def test_kinds_of_requests_are_told_apart():
     """One tenant's overload, or the refusal of requests with no time, would send all others away."""
     throttle = Throttle()
-    base = kind("m", "a", 1, 1_000_000)
-    others = ("n", "a", 1, 1_000_000), ("m", "b", 1, 1_000_000), ("m", "a", 2, 1_000_000), ("m", "a", 1, 9_000)
-    for other in (kind(*other) for other in others):
+    base = kind("m", "", "a", 1, 1_000_000)
+    others = (
+        kind("n", "", "a", 1, 1_000_000),
+        kind("m", "2", "a", 1, 1_000_000),
+        kind("m", "", "b", 1, 1_000_000),
+        kind("m", "", "a", 2, 1_000_000),
+        kind("m", "", "a", 1, 9_000),
+    )
+    for other in others:
         assert throttle.flow(base, 0) is not throttle.flow(other, 0)
-    assert throttle.flow(base, 0) is throttle.flow(kind("m", "a", 1, 1_000_001), 0)
+    assert throttle.flow(base, 0) is throttle.flow(kind("m", "", "a", 1, 1_000_001), 0)
 
 
 def test_the_kinds_that_are_kept_are_bounded():
     """Names of tenants come from outside: they must not fill the memory."""
     throttle = Throttle()
     for number in range(3 * MOST_FLOWS):
-        throttle.flow(kind("m", str(number), 1, 1_000), number)
+        throttle.flow(kind("m", "", str(number), 1, 1_000), number)
     assert len(throttle._flows) <= MOST_FLOWS

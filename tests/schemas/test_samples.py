@@ -190,6 +190,7 @@ def between_actors() -> dict[str, Sample]:
             },
             Answers: {
                 "answers": Answers(batcher="batcher-1", slots=(2**40, 0, 3), answers=(SCORED, OVERLOADED, WRONG)),
+                "answers-by-deadline": Answers("batcher-1", (2**40, 0), (SCORED, OVERLOADED), by_deadline=(0,)),
             },
             ExecutorBeat: {
                 "executor-beat": ExecutorBeat(
@@ -209,7 +210,9 @@ def between_actors() -> dict[str, Sample]:
                     leases=(),
                     waiting=(Waiting("batcher-1", 64), Waiting("batcher-2", 2**40)),
                 ),
-                "executor-beat-lanes": ExecutorBeat(executor="executor-1", models=(REF,), slots=3, leases=(), lanes=2),
+                "executor-beat-lanes": ExecutorBeat(
+                    executor="executor-1", models=(REF,), slots=3, leases=(), lanes=(2,)
+                ),
             },
             BatcherBeat: {
                 "batcher-beat": BatcherBeat(

@@ -156,8 +156,7 @@ class ExecutorConfig(Struct, frozen=True, forbid_unknown_fields=True):
         Meta(
             ge=0,
             le=16,
-            description="Batches that one model computes at the same time, where its backend can (native; torch on "
-            "several threads of a CPU). 0: as many "
+            description="Batches that one model computes at the same time, where its backend can (native). 0: as many "
             "as the backend does best with. More: rows a second, until the device is full; then latency, and more of "
             "the device's memory.",
         ),
