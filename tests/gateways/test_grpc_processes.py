@@ -1,7 +1,7 @@
 """gRPC gateways as processes: told to stop under load, and with both doors in one."""
 
 import signal
-from collections.abc import Callable
+from collections.abc import Callable, Sized
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
@@ -46,19 +46,8 @@ def test_sigterm_under_load_from_64_connections_loses_no_request(
                 right = answer.code is OK and close(answer.scores, rows.part(row))
                 ended_as.append("right" if right else str(answer))
 
-    def run(gateway: Any) -> None:
-        with GrpcCaller(free_port) as call:
-            until(lambda: ready(call), "it is ready")
-        with ThreadPoolExecutor(64) as threads:
-            callers = [threads.submit(ask_while_ready, row) for row in range(64)]
-            until(lambda: len(ended_as) > 500, "it is busy")
-            gateway.send_signal(signal.SIGTERM)
-            for caller in callers:
-                caller.result(20)
-        assert gateway.wait(20) == 0, log.read_text()
-
     with System(nats_server.url, criteo_model):
-        with_gateway(run, log, "--nats-url", nats_server.url, "--door", "grpc", "--grpc-port", str(free_port))
+        stop_while_64_ask(ask_while_ready, ended_as, log, nats_server.url, free_port)
     assert set(ended_as) == {"right"}, [how for how in ended_as if how != "right"][:3]
     assert "Traceback" not in log.read_text()
 
@@ -76,22 +65,29 @@ def test_callers_who_never_look_at_readiness_get_an_answer_to_all_that_was_accep
             while not codes or codes[-1] is OK:
                 codes.append(call("ModelInfer", one(rows, row)).code)
 
+    with System(nats_server.url, criteo_model) as system:
+        stop_while_64_ask(ask_until_refused, codes, log, nats_server.url, free_port)
+        accepted = gauge(system, "batcher", "narsil_requests_offered_total")
+    assert accepted == codes.count(OK)
+    assert set(codes) <= {OK, grpc.StatusCode.UNAVAILABLE}
+
+
+def stop_while_64_ask(ask: Callable[[int], None], ended: Sized, log: Path, url: str, port: int) -> None:
+    """SIGTERM to a gateway once callers, each of which asks on its own connection until `ask` returns, were answered
+    500 times."""
+
     def run(gateway: Any) -> None:
-        with GrpcCaller(free_port) as call:
+        with GrpcCaller(port) as call:
             until(lambda: ready(call), "it is ready")
         with ThreadPoolExecutor(64) as threads:
-            callers = [threads.submit(ask_until_refused, row) for row in range(64)]
-            until(lambda: len(codes) > 500, "it is busy")
+            callers = [threads.submit(ask, row) for row in range(64)]
+            until(lambda: len(ended) > 500, "it is busy")
             gateway.send_signal(signal.SIGTERM)
             for caller in callers:
                 caller.result(20)
         assert gateway.wait(20) == 0, log.read_text()
 
-    with System(nats_server.url, criteo_model) as system:
-        with_gateway(run, log, "--nats-url", nats_server.url, "--door", "grpc", "--grpc-port", str(free_port))
-        accepted = gauge(system, "batcher", "narsil_requests_offered_total")
-    assert accepted == codes.count(OK)
-    assert set(codes) <= {OK, grpc.StatusCode.UNAVAILABLE}
+    with_gateway(run, log, "--nats-url", url, "--door", "grpc", "--grpc-port", str(port))
 
 
 def with_gateway(run: Callable[[Any], None], log: Path, *options: str) -> None:
